@@ -50,7 +50,7 @@ class Server(Section):
     """Where the proxy listens, and what it accepts from callers."""
 
     host: str = Field("127.0.0.1", description="Address to listen on.")
-    port: int = Field(8080, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    port: int = Field(8080, ge=1, le=65535, description="Port to listen on.")
     workers: int = Field(
         default_factory=lambda: min(4, len(os.sched_getaffinity(0))),
         ge=1,
@@ -330,7 +330,7 @@ def _settings_of(data: dict[str, Any], environ: Mapping[str, str]) -> Settings:
 
     class FromEnvironment(Settings):
         @classmethod
-        def settings_customise_sources(
+        def settings_customise_sources(  # type: ignore[override]  # called by name
             cls, settings_cls: type[BaseSettings], **sources: PydanticBaseSettingsSource
         ) -> tuple[PydanticBaseSettingsSource, ...]:
             return Source(settings_cls), sources["init_settings"]
@@ -364,6 +364,24 @@ def options() -> Iterator[Option]:
                 default=_default_text(field),
                 description=field.description or "",
             )
+
+
+def options_markdown() -> str:
+    """All options as Markdown tables, one per section; docs/configuration.md contains exactly this."""
+    parts: list[str] = []
+    for section, model in _sections():
+        heading = "[[targets]]" if section == "targets" else f"[{section}]"
+        parts.append(
+            f"### `{heading}`\n\n{(model.__doc__ or '').strip()}\n\n| option | type | default | what it does |"
+        )
+        parts.append("|---|---|---|---|")
+        parts += [
+            f"| `{option.name}` | {option.type} | {option.default} | {option.description.replace('|', chr(92) + '|')} |"
+            for option in options()
+            if option.section == section
+        ]
+        parts.append("")
+    return "\n".join(parts).strip()
 
 
 def _sections() -> Iterator[tuple[str, type[Section]]]:
@@ -469,8 +487,9 @@ def _cross_checks(data: dict[str, Any]) -> Iterator[str]:
     on_loopback = host in LOOPBACK_HOSTS or host.startswith("127.")
     if not on_loopback and _table(data, "access").get("anonymous") != "i-understand":
         yield (
-            f"server.host: {host!r} can be reached from other machines, and callers are not identified: whoever reaches "
-            'the proxy has its AWS rights. Listen on 127.0.0.1, or name the risk with access.anonymous = "i-understand"'
+            f"server.host: {host!r} can be reached from other machines, and callers are not identified: whoever "
+            "reaches the proxy has its AWS rights. Listen on 127.0.0.1, or name the risk with "
+            'access.anonymous = "i-understand"'
         )
 
 

@@ -1,0 +1,1 @@
+"""What is AWS: SigV4, credentials, presigned URLs."""

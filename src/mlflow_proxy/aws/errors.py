@@ -1,0 +1,74 @@
+"""Errors that AWS's front answers before a request reaches MLflow: what they are, and how a caller is told.
+
+They are JSON with the type in `x-amzn-errortype` or in `__type` (AWS restJson1 and awsJson1 protocols). MLflow's own
+errors have `error_code` and are nobody's business here.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import NamedTuple
+
+from mlflow_proxy.errors import Refusal
+
+# Statuses whose answers may be AWS's own, and how large such an answer is at the most.
+STATUSES = frozenset({400, 401, 403, 404, 429, 500, 502, 503, 504})
+SIZE_LIMIT = 16 * 1024
+
+_EXPIRED = frozenset({"ExpiredTokenException", "ExpiredToken", "UnrecognizedClientException", "InvalidClientTokenId"})
+_THROTTLED = frozenset({"ThrottlingException", "Throttling", "TooManyRequestsException", "RequestLimitExceeded"})
+_ADVICE = {
+    "AccessDeniedException": "Grant the action to the IAM identity that this proxy signs with.",
+    "InvalidSignatureException": "Check this proxy's clock, credentials and the target's ARN: mlflow-proxy check.",
+    "MissingAuthenticationTokenException": "Check the target's endpoint: mlflow-proxy check.",
+    "ExpiredTokenException": "Renew the credentials of this proxy: mlflow-proxy check.",
+    "UnrecognizedClientException": "Renew the credentials of this proxy: mlflow-proxy check.",
+    "ResourceNotFoundException": "Check the target's ARN and whether it still exists: mlflow-proxy check.",
+    "ThrottlingException": "Send requests more slowly, and try again later.",
+}
+_CODES = {400: "BAD_REQUEST", 403: "PERMISSION_DENIED", 404: "RESOURCE_DOES_NOT_EXIST"}
+
+
+class AwsError(NamedTuple):
+    """One such answer."""
+
+    status: int
+    type: str
+    message: str
+
+    @property
+    def throttled(self) -> bool:
+        """The request was not carried out because there were too many; it may be repeated."""
+        return self.type in _THROTTLED
+
+    @property
+    def expired(self) -> bool:
+        """The request was refused for its credentials, which may have been renewed meanwhile."""
+        return self.type in _EXPIRED
+
+    def refusal(self) -> Refusal:
+        """The same in MLflow's shape, with advice, for a caller that knows nothing of AWS."""
+        words = f"SageMaker MLflow answered {self.type}: {self.message or 'no message'}"
+        advice = _ADVICE.get(self.type)
+        if self.throttled:
+            return Refusal(429, f"{words} {_ADVICE['ThrottlingException']}", retry_after=1)
+        return Refusal(self.status, f"{words} {advice}" if advice else words, error_code=_CODES.get(self.status))
+
+
+def aws_error(status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> AwsError | None:
+    """The AWS error that an answer is; None for anything else, above all for MLflow's own errors."""
+    error_type = ""
+    for name, value in headers:
+        if name.lower() == b"x-amzn-errortype":
+            error_type = value.decode("latin-1")
+    try:
+        content = json.loads(body)
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        content = {}
+    error_type = error_type or str(content.get("__type", ""))
+    if not error_type or "error_code" in content:
+        return AwsError(status, "TooManyRequestsException", "") if status == 429 and not content else None
+    message = content.get("message", content.get("Message", ""))
+    return AwsError(status, error_type.split(":", 1)[0].rsplit("#", 1)[-1], str(message)[:2000])

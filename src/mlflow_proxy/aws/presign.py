@@ -1,0 +1,169 @@
+"""SageMaker's control plane, as far as the proxy needs it: presigned links to the MLflow UI, and what a target is.
+
+All of it blocks and belongs in a thread. A presigned URL is a key to the UI: it is returned, never kept, never logged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+from botocore.exceptions import BotoCoreError, ClientError, ConnectTimeoutError, ReadTimeoutError
+from botocore.parsers import ResponseParserError
+
+from mlflow_proxy.aws import sessions
+from mlflow_proxy.aws.sessions import Credentials
+from mlflow_proxy.errors import Refusal
+from mlflow_proxy.settings import Aws
+from mlflow_proxy.targets import Mode, Target
+
+# AWS's bounds, in seconds (API reference of CreatePresignedMlflowTrackingServerUrl and …AppUrl).
+LINK_EXPIRES = range(5, 300 + 1)
+SESSION_EXPIRES = range(1800, 43200 + 1)
+
+_THROTTLED = ("ThrottlingException", "Throttling", "TooManyRequestsException", "RequestLimitExceeded")
+_BAD_KEYS = (
+    "UnrecognizedClientException",
+    "InvalidClientTokenId",
+    "InvalidSignatureException",
+    "SignatureDoesNotMatch",
+)
+
+T = TypeVar("T")
+
+
+class PresignError(Refusal):
+    """SageMaker did not do what was asked. `status`, `error_code` (MLflow's) and `message` are the answer to give."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerDescription:
+    """What SageMaker says of a target. `status` is AWS's word; `running` tells whether calls can be answered."""
+
+    name: str
+    status: str
+    running: bool
+    version: str | None
+
+
+def presigned_url(
+    target: Target,
+    credentials: Credentials,
+    aws: Aws,
+    *,
+    link_expires: int,
+    session_expires: int,
+    proxy: str | None = None,
+) -> str:
+    """A new link to the target's MLflow UI, good for one visit.
+
+    `link_expires` is in seconds until the unused link is void, `session_expires` in seconds that the browser session
+    lasts which it opens. Raises PresignError.
+    """
+    _check("link_expires", link_expires, LINK_EXPIRES)
+    _check("session_expires", session_expires, SESSION_EXPIRES)
+    client = partial(sessions.sagemaker, credentials, aws, region=target.arn.region, proxy=proxy)
+    if target.arn.mode is Mode.TRACKING:
+        return _call(
+            "CreatePresignedMlflowTrackingServerUrl",
+            target,
+            aws,
+            lambda: client().create_presigned_mlflow_tracking_server_url(
+                TrackingServerName=target.arn.resource,
+                ExpiresInSeconds=link_expires,
+                SessionExpirationDurationInSeconds=session_expires,
+            ),
+        )["AuthorizedUrl"]
+    return _call(
+        "CreatePresignedMlflowAppUrl",
+        target,
+        aws,
+        lambda: client().create_presigned_mlflow_app_url(
+            Arn=target.arn.text,
+            ExpiresInSeconds=link_expires,
+            SessionExpirationDurationInSeconds=session_expires,
+        ),
+    )["AuthorizedUrl"]
+
+
+def describe(target: Target, credentials: Credentials, aws: Aws, proxy: str | None = None) -> ServerDescription:
+    """Name, status and MLflow version of the target. Raises PresignError."""
+    client = partial(sessions.sagemaker, credentials, aws, region=target.arn.region, proxy=proxy)
+    if target.arn.mode is Mode.TRACKING:
+        server = _call(
+            "DescribeMlflowTrackingServer",
+            target,
+            aws,
+            lambda: client().describe_mlflow_tracking_server(TrackingServerName=target.arn.resource),
+        )
+        status = server.get("TrackingServerStatus", "unknown")
+        return ServerDescription(
+            name=server.get("TrackingServerName", target.arn.resource),
+            status=status,
+            running=server.get("IsActive") != "Inactive" and status not in _NOT_RUNNING,
+            version=server.get("MlflowVersion"),
+        )
+    app = _call("DescribeMlflowApp", target, aws, lambda: client().describe_mlflow_app(Arn=target.arn.text))
+    app_status = app.get("Status", "unknown")
+    return ServerDescription(
+        name=app.get("Name", target.arn.resource),
+        status=app_status,
+        running=app_status not in _NOT_RUNNING,
+        version=app.get("MlflowVersion"),
+    )
+
+
+# Of both kinds (SageMaker API reference: TrackingServerStatus, MlflowAppStatus).
+_NOT_RUNNING = frozenset(
+    ("Creating", "CreateFailed", "Stopping", "Stopped", "Starting", "StartFailed", "Deleting", "Deleted")
+)
+
+
+def _check(name: str, value: int, bounds: range) -> None:
+    if value not in bounds:
+        raise PresignError(
+            400,
+            f"{name} is {value}; AWS takes {bounds.start} to {bounds.stop - 1} seconds",
+            error_code="INVALID_PARAMETER_VALUE",
+        )
+
+
+def _call(action: str, target: Target, aws: Aws, call: Callable[[], T]) -> T:
+    try:
+        return call()
+    except ClientError as error:
+        raise _refusal(action, target, error) from error
+    except (ReadTimeoutError, ConnectTimeoutError) as error:
+        raise PresignError(504, f"SageMaker API: {sessions.explain_connection(error)}") from error
+    except (BotoCoreError, ResponseParserError) as error:
+        raise PresignError(502, f"SageMaker API: {sessions.explain(error, aws)}") from error
+
+
+def _refusal(action: str, target: Target, error: ClientError) -> PresignError:
+    code = sessions.error_code(error)
+    details: Mapping[str, Any] = error.response.get("Error", {})
+    if code in sessions.DENIED_CODES:
+        return PresignError(
+            403,
+            f"the proxy's AWS identity may not do sagemaker:{action}; allow it on {target.arn.text}. "
+            f"AWS says: {details.get('Message', '')}",
+        )
+    if code in ("ResourceNotFound", "ResourceNotFoundException"):
+        return PresignError(
+            404,
+            f"SageMaker knows no {target.arn.text}; compare the target's ARN with the console",
+            error_code="RESOURCE_DOES_NOT_EXIST",
+        )
+    if code in ("ValidationException", "ConflictException"):
+        return PresignError(
+            400, f"SageMaker refused {action}: {details.get('Message', code)}", error_code="INVALID_PARAMETER_VALUE"
+        )
+    if code in _THROTTLED:
+        return PresignError(429, f"SageMaker throttles {action}; try again in a moment", retry_after=2)
+    if code in sessions.EXPIRED_CODES or code in _BAD_KEYS:
+        return PresignError(
+            503, f"SageMaker refused the proxy's AWS credentials ({code}); `mlflow-proxy check` tells more"
+        )
+    return PresignError(502, f"SageMaker answered {action} with {code or 'an unreadable error'}; try again later")

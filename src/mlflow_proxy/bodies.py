@@ -1,0 +1,93 @@
+"""Step 5 of a request's way, as far as bodies go: collected whole, since they are hashed, and never without bounds.
+
+One request may hold up to a limit (413), all requests of a worker together up to a budget (503), and a caller may not
+take for ever (408).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from mlflow_proxy.errors import Refusal
+from mlflow_proxy.requests import Request
+from mlflow_proxy.settings import Server
+
+Receive = Callable[[], Awaitable[dict[str, Any]]]
+
+# Below this, a caller is not slow but stalling: the deadline grows by a second for each of these.
+SLOWEST_RATE = 16 * 1024
+
+
+class CallerGone(Exception):
+    """The caller closed the connection; nobody waits for an answer."""
+
+
+class Bodies:
+    """The request bodies that one worker holds."""
+
+    def __init__(self, server: Server) -> None:
+        self._limit = int(server.body_limit)
+        self._budget = int(server.body_budget)
+        self._timeout = server.body_timeout
+        self.held = 0
+
+    async def collect(self, request: Request, receive: Receive) -> bytes:
+        """The whole body. What it returns stays counted until `release` is called with its length.
+
+        Raises Refusal 413, 503 or 408, and CallerGone; then nothing stays counted.
+        """
+        declared = request.content_length
+        if declared is not None and declared > self._limit:
+            raise self._too_large()
+        chunks: list[bytes] = []
+        size = 0
+        reserved = self._reserve(declared or 0)
+        try:
+            async with asyncio.timeout(self._timeout) as deadline:
+                started = asyncio.get_running_loop().time()
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise CallerGone
+                    chunk = message.get("body", b"")
+                    size += len(chunk)
+                    if size > self._limit:
+                        raise self._too_large()
+                    if size > reserved:
+                        reserved += self._reserve(size - reserved)
+                    chunks.append(chunk)
+                    if not message.get("more_body"):
+                        break
+                    deadline.reschedule(started + self._timeout + size / SLOWEST_RATE)
+        except TimeoutError:
+            self.held -= reserved
+            raise Refusal(
+                408, f"The body did not arrive in time (server.body_timeout, {self._timeout:g} s).", close=True
+            ) from None
+        except BaseException:
+            self.held -= reserved
+            raise
+        self.held -= reserved - size
+        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+    def release(self, size: int) -> None:
+        """A body of `size` bytes is no longer needed."""
+        self.held -= size
+
+    def _reserve(self, size: int) -> int:
+        if self.held + size > self._budget:
+            raise Refusal(
+                503,
+                "The proxy holds as many request bodies as it may (server.body_budget). Try again in a second.",
+                retry_after=1,
+                close=True,
+            )
+        self.held += size
+        return size
+
+    def _too_large(self) -> Refusal:
+        return Refusal(
+            413, f"The body is larger than {self._limit} bytes (server.body_limit). Send smaller batches.", close=True
+        )

@@ -1,0 +1,130 @@
+"""The command line: serve, check, ui, local, demo, options."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from mlflow_proxy import __version__
+
+if TYPE_CHECKING:
+    from mlflow_proxy.settings import Settings
+
+_CONFIG = click.option(
+    "--config",
+    "-c",
+    type=click.Path(path_type=Path, dir_okay=False),
+    envvar="MLFLOW_PROXY_CONFIG",
+    help="TOML file with the configuration (see docs/configuration.md).",
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="mlflow-proxy")
+def main() -> None:
+    """Plain HTTPS access to Amazon SageMaker MLflow."""
+
+
+@main.command()
+@_CONFIG
+def serve(config: Path | None) -> None:
+    """Run the proxy until Ctrl-C or SIGTERM."""
+    settings = _load(config)
+    from mlflow_proxy import server
+
+    scheme = "https" if settings.server.tls_certificate else "http"
+    host = f"[{settings.server.host}]" if ":" in settings.server.host else settings.server.host
+    targets = ", ".join(target.name for target in settings.targets)
+    click.echo(
+        f"mlflow-proxy {__version__}: {scheme}://{host}:{settings.server.port}, "
+        f"{settings.server.workers} workers, targets: {targets}",
+        err=True,
+    )
+    if not settings.listens_on_loopback:
+        click.echo("Warning: callers are not identified; whoever reaches this address has the AWS rights.", err=True)
+    server.serve(settings, config)
+
+
+@main.command()
+@_CONFIG
+@click.option("--target", "-t", "name", help="Check only this target.")
+def check(config: Path | None, name: str | None) -> None:
+    """Test the configuration against the live targets, step by step, with the likely cause of each failure."""
+    from mlflow_proxy.check import run
+
+    sys.exit(0 if run(_load(config), name) else 1)
+
+
+@main.command()
+@_CONFIG
+@click.argument("target")
+@click.option("--link-expires", type=click.IntRange(5, 300), help="Seconds until the unused link is void.")
+@click.option("--session-expires", type=click.IntRange(1800, 43200), help="Seconds that the browser session lasts.")
+def ui(config: Path | None, target: str, link_expires: int | None, session_expires: int | None) -> None:
+    """Print a fresh presigned link to TARGET's MLflow UI. It works once."""
+    from mlflow_proxy.check import presign
+
+    settings = _load(config)
+    click.echo(
+        presign(
+            settings,
+            target,
+            link_expires=link_expires or settings.ui.link_expires,
+            session_expires=session_expires or settings.ui.session_expires,
+        )
+    )
+
+
+@main.command()
+@click.option("--port", default=9500, show_default=True, help="Port of the stand-in's gate.")
+@click.option("--state", type=click.Path(path_type=Path), help="Folder for its data; default: a temporary one.")
+def local(port: int, state: Path | None) -> None:
+    """Run a SageMaker MLflow on this machine, for tests without AWS."""
+    _needs_local()
+    from mlflow_proxy.local import run_local
+
+    sys.exit(run_local(port=port, state_dir=state))
+
+
+@main.command()
+@click.option("--port", default=8080, show_default=True, help="Port of the proxy.")
+def demo(port: int) -> None:
+    """Run the proxy before a local SageMaker MLflow, and print what to try."""
+    _needs_local()
+    from mlflow_proxy.local.demo import run_demo
+
+    sys.exit(run_demo(port))
+
+
+@main.command()
+def options() -> None:
+    """Print every option of the configuration as the table in docs/configuration.md."""
+    from mlflow_proxy.settings import options_markdown
+
+    click.echo(options_markdown())
+
+
+def _load(config: Path | None) -> Settings:
+    from mlflow_proxy import settings
+
+    try:
+        return settings.load(config)
+    except settings.SettingsError as error:
+        where = str(config) if config else "the environment (no --config given)"
+        count = len(error.problems)
+        click.echo(f"{count} mistake{'s' if count > 1 else ''} in the configuration from {where}:", err=True)
+        for problem in error.problems:
+            click.echo(f"  ✗ {problem}", err=True)
+        sys.exit(2)
+
+
+def _needs_local() -> None:
+    import importlib.util
+
+    if importlib.util.find_spec("moto") is None or importlib.util.find_spec("mlflow") is None:
+        raise click.ClickException(
+            "the local SageMaker is an extra; install it with: pip install 'sagemaker-mlflow-proxy[local]'"
+        )

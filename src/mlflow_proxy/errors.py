@@ -1,0 +1,81 @@
+"""Answers of the proxy's own to a request that it cannot serve, in the JSON shape that MLflow clients understand.
+
+`{"error_code": …, "message": …, "request_id": …}`: the error codes are MLflow's, so that a client raises the same
+exception it would raise for MLflow's own answer; the message is for the person who reads it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from http import HTTPStatus
+
+Headers = list[tuple[bytes, bytes]]
+
+# HTTP status → error code of MLflow's protocol (mlflow.protos.databricks_pb2.ErrorCode).
+_CODES = {
+    400: "BAD_REQUEST",
+    401: "UNAUTHENTICATED",
+    403: "PERMISSION_DENIED",
+    404: "NOT_FOUND",
+    405: "BAD_REQUEST",
+    408: "BAD_REQUEST",
+    413: "BAD_REQUEST",
+    414: "BAD_REQUEST",
+    421: "BAD_REQUEST",
+    429: "REQUEST_LIMIT_EXCEEDED",
+    431: "BAD_REQUEST",
+    501: "NOT_IMPLEMENTED",
+    502: "TEMPORARILY_UNAVAILABLE",
+    503: "TEMPORARILY_UNAVAILABLE",
+    504: "DEADLINE_EXCEEDED",
+}
+
+
+class Refusal(Exception):
+    """Ends a request with `status`. `message` says what is wrong and what to do; it is shown to the caller.
+
+    `retry_after` is in seconds. `close` ends the connection, since an unread body would follow. `detail` goes into the
+    log only.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        error_code: str | None = None,
+        retry_after: int | None = None,
+        headers: Iterable[tuple[str, str]] = (),
+        close: bool = False,
+        detail: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.error_code = error_code or _CODES.get(status, HTTPStatus(status).name)
+        self.retry_after = retry_after
+        self.headers = tuple(headers)
+        self.close = close
+        self.detail = detail
+
+    def answer(self, request_id: str) -> tuple[int, Headers, bytes]:
+        """Status, headers and body to send."""
+        body = error_body(self.error_code, self.message, request_id)
+        headers: Headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", b"%d" % len(body)),
+            (b"cache-control", b"no-store"),
+            (b"x-request-id", request_id.encode("ascii")),
+        ]
+        if self.retry_after is not None:
+            headers.append((b"retry-after", b"%d" % self.retry_after))
+        if self.close:
+            headers.append((b"connection", b"close"))
+        headers += [(name.encode("ascii"), value.encode("latin-1")) for name, value in self.headers]
+        return self.status, headers, body
+
+
+def error_body(error_code: str, message: str, request_id: str) -> bytes:
+    """The JSON body of an error."""
+    return json.dumps({"error_code": error_code, "message": message, "request_id": request_id}).encode()

@@ -1,0 +1,190 @@
+"""The ASGI application: reads each request once, gives it to the forwarder or to the proxy's own pages, records it.
+
+`/-/` is the proxy's own; everything else belongs to MLflow. Health is answered here, before anything that could be
+slow or refuse, so that a load balancer never kills a host for being busy.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from mlflow_proxy import __version__, settings
+from mlflow_proxy.aws.credentials import CredentialStore
+from mlflow_proxy.bodies import Bodies, CallerGone, Receive
+from mlflow_proxy.errors import Refusal
+from mlflow_proxy.forwarder import Forwarder
+from mlflow_proxy.http1 import UpstreamError
+from mlflow_proxy.relay import Send
+from mlflow_proxy.requests import Request, RequestReader, Scope, request_id_of
+from mlflow_proxy.routing import OWN_PREFIX
+from mlflow_proxy.settings import Settings
+from mlflow_proxy.telemetry.record import Record, RequestLog
+from mlflow_proxy.watch import CallerWatch
+
+logger = logging.getLogger(__name__)
+
+_HEALTH_PATH = b"/-/health"
+_HEALTH = b'{"status": "ok"}\n'
+# nginx's word for a request whose caller went away; only the log sees it.
+_CALLER_GONE = 499
+
+
+class Gateway:
+    """One worker's application. Its parts live from the server's start-up to its shutdown."""
+
+    def __init__(self, config: Settings) -> None:
+        self._settings = config
+        self._reader = RequestReader(config.server)
+        self._bodies = Bodies(config.server)
+        as_json = config.log.format == "json" or (config.log.format == "auto" and not sys.stdout.isatty())
+        self._log = RequestLog(as_json=as_json) if config.log.requests else None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] == "lifespan":
+            await self._live(receive, send)
+            return
+        if scope["raw_path"] == _HEALTH_PATH:
+            await _answer_health(send)
+            return
+        record = Record(scope["method"], request_id_of(scope))
+        watch = CallerWatch(receive)
+        answered = _Started(send)
+        try:
+            request = self._reader.read(scope)
+            record.path, record.caller_address = request.path, request.client
+            if request.path.startswith(OWN_PREFIX):
+                await self._own(scope, request, receive, answered, record)
+            else:
+                await self._forwarder(request, receive, answered, record)
+        except Refusal as refusal:
+            await _refuse(answered, refusal, record)
+        except CallerGone:
+            record.status = _CALLER_GONE
+        except asyncio.CancelledError:
+            if not watch.gone:
+                raise
+            record.status = _CALLER_GONE
+        except (UpstreamError, TimeoutError) as error:
+            # The answer had begun: leaving without its end makes the server cut the connection, as it must, since
+            # the caller would take a clean end for a whole answer.
+            record.error = f"answer cut short: {error}" if str(error) else "the caller stopped reading"
+        except Exception:
+            logger.exception("request %s failed", record.request_id)
+            await _refuse(answered, Refusal(500, "The proxy failed; its log has the reason."), record)
+        finally:
+            watch.close()
+            if self._log is not None:
+                self._log.write(record)
+
+    async def _own(self, scope: Scope, request: Request, receive: Receive, send: Send, record: Record) -> None:
+        """The proxy's own pages, in Flask. They see the canonical path and query, and a body that is all there: none of
+        their few threads ever waits for a caller.
+        """
+        record.target = "-"
+        body = await self._bodies.collect(request, receive) if request.has_body else b""
+        record.bytes_in = len(body)
+        self._bodies.release(len(body))
+        own = {
+            **scope,
+            "path": request.path,
+            "raw_path": request.path.encode("ascii"),
+            "query_string": request.query.encode("ascii"),
+            "scheme": request.scheme,
+            "state": {},
+            "root_path": "",
+            "mlflow_proxy.request_id": record.request_id,
+        }
+
+        async def recorded(message: dict[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                record.status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", record.request_id.encode("ascii"))]
+            else:
+                record.add_bytes_out(len(message.get("body", b"")))
+            await send(message)
+
+        async def received() -> dict[str, Any]:
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        await self._portal(own, received, recorded)
+
+    async def _live(self, receive: Receive, send: Send) -> None:
+        await receive()
+        try:
+            await self._start()
+        except Exception as error:
+            logger.exception("start-up failed")
+            await send({"type": "lifespan.startup.failed", "message": str(error)})
+            return
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        await self._stop()
+        await send({"type": "lifespan.shutdown.complete"})
+
+    async def _start(self) -> None:
+        # Flask and its pages are imported here, in the worker only.
+        from mlflow_proxy.portal import Portal  # noqa: PLC0415
+        from mlflow_proxy.readiness import Readiness  # noqa: PLC0415
+
+        targets = self._settings.build_targets()
+        self._credentials = CredentialStore(targets, self._settings.aws, proxy=self._settings.upstream.proxy)
+        await self._credentials.start()
+        self._forwarder = Forwarder(self._settings, targets, self._credentials, self._bodies)
+        readiness = Readiness(targets, self._forwarder, self._credentials, self._settings.server.ready_max_age)
+        self._portal = Portal(self._settings, self._forwarder.routes, self._credentials, readiness).asgi
+
+    async def _stop(self) -> None:
+        self._forwarder.close()
+        await self._credentials.close()
+        if self._log is not None:
+            self._log.close()
+
+
+class _Started:
+    """Passes messages on, and remembers whether an answer has begun."""
+
+    __slots__ = ("_send", "begun")
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.begun = False
+
+    def __call__(self, message: dict[str, Any]) -> Any:
+        self.begun = True
+        return self._send(message)
+
+
+async def _refuse(send: _Started, refusal: Refusal, record: Record) -> None:
+    record.error = refusal.detail or refusal.message
+    if send.begun:
+        return
+    status, headers, body = refusal.answer(record.request_id)
+    record.status = status
+    record.add_bytes_out(len(body))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def _answer_health(send: Send) -> None:
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", b"%d" % len(_HEALTH)),
+        (b"cache-control", b"no-store"),
+    ]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": _HEALTH})
+
+
+def create_app() -> Gateway:
+    """The application of one worker process, configured as the parent process was."""
+    path = os.environ.get(settings.CONFIG_VARIABLE)
+    config = settings.load(Path(path) if path else None)
+    logging.basicConfig(level=config.log.level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logger.debug("mlflow-proxy %s starts", __version__)
+    return Gateway(config)

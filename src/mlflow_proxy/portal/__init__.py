@@ -1,0 +1,86 @@
+"""The Flask application under `/-/`: what people and operators look at. MLflow itself is never served from here."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from a2wsgi import WSGIMiddleware
+from flask import Flask, Response, g, request
+from werkzeug.exceptions import HTTPException
+
+from mlflow_proxy.aws.credentials import CredentialStore
+from mlflow_proxy.errors import Refusal
+from mlflow_proxy.portal import pages, ui
+from mlflow_proxy.readiness import Readiness
+from mlflow_proxy.routing import Routes
+from mlflow_proxy.settings import Settings
+
+# Pages wait for AWS at the most this long, in seconds; there are few threads.
+DEADLINE = 30.0
+_THREADS = 8
+
+T = TypeVar("T")
+
+
+class Portal:
+    """The application with what its pages need, made in the event loop that serves it. `asgi` is what to mount."""
+
+    def __init__(self, settings: Settings, routes: Routes, credentials: CredentialStore, readiness: Readiness) -> None:
+        self.settings = settings
+        self.routes = routes
+        self.credentials = credentials
+        self.readiness = readiness
+        self._loop = asyncio.get_running_loop()
+        wsgi: Any = _flask(self)
+        self.asgi: Any = WSGIMiddleware(wsgi, workers=_THREADS)
+
+    def in_loop(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine in the event loop and wait for it, from a page's thread. Raises Refusal 504 when late."""
+        future = asyncio.run_coroutine_threadsafe(asyncio.wait_for(work, DEADLINE), self._loop)
+        try:
+            return future.result()
+        except TimeoutError:
+            raise Refusal(504, f"AWS did not answer within {DEADLINE:g} s. Try again.") from None
+
+
+def _flask(portal: Portal) -> Flask:
+    app = Flask("mlflow_proxy.portal", static_folder=None)
+    app.json.compact = False  # type: ignore[attr-defined]
+    app.register_blueprint(pages.blueprint(portal))
+    app.register_blueprint(ui.blueprint(portal))
+
+    @app.before_request
+    def _remember_id() -> None:
+        g.request_id = request.environ["asgi.scope"]["mlflow_proxy.request_id"]
+
+    @app.after_request
+    def _protect(response: Response) -> Response:
+        response.headers.setdefault("cache-control", "no-store")
+        response.headers["x-content-type-options"] = "nosniff"
+        response.headers["referrer-policy"] = "no-referrer"
+        response.headers["content-security-policy"] = (
+            "default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
+        )
+        return response
+
+    @app.errorhandler(Refusal)
+    def _refused(refusal: Refusal) -> Response:
+        status, headers, body = refusal.answer(g.request_id)
+        sent = [(name.decode(), value.decode("latin-1")) for name, value in headers if name != b"x-request-id"]
+        return Response(body, status, sent)
+
+    @app.errorhandler(HTTPException)
+    def _http_error(error: HTTPException) -> Response:
+        if error.code == 404:
+            return _refused(Refusal(404, f"The proxy has no page {request.path}. See /-/ for those it has."))
+        allowed = [(name, value) for name, value in error.get_headers() if name.lower() == "allow"]
+        return _refused(Refusal(error.code or 500, error.description or error.name, headers=allowed))
+
+    @app.errorhandler(Exception)
+    def _failed(error: Exception) -> Response:
+        app.logger.exception("request %s failed", g.request_id, exc_info=error)
+        return _refused(Refusal(500, "The proxy failed; its log has the reason."))
+
+    return app

@@ -1,0 +1,60 @@
+"""Presigned links to the MLflow UI: a browser is sent there, a program gets the link. Never cached, never logged."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from flask import Blueprint, Response, jsonify, redirect, request
+
+from mlflow_proxy.aws.credentials import CredentialsUnavailable
+from mlflow_proxy.aws.presign import presigned_url
+from mlflow_proxy.errors import Refusal
+
+if TYPE_CHECKING:
+    from werkzeug.wrappers import Response as BaseResponse
+
+    from mlflow_proxy.portal import Portal
+
+
+def blueprint(portal: Portal) -> Blueprint:
+    """The pages, bound to one worker's parts."""
+    pages = Blueprint("ui", __name__, url_prefix="/-/ui")
+
+    @pages.get("/<name>", provide_automatic_options=False)
+    def visit(name: str) -> BaseResponse:
+        """Send the browser to a fresh link."""
+        if request.method == "HEAD":  # a link is good for one visit, and a look is no visit
+            raise Refusal(405, "Use GET to visit the UI, or POST for a link.", headers=[("allow", "GET, POST")])
+        return redirect(_link(name), 302)
+
+    @pages.post("/<name>")
+    def link(name: str) -> Response:
+        """Answer a fresh link as JSON."""
+        return jsonify({"authorized_url": _link(name), "expires_in_seconds": _option("link_expires")})
+
+    def _option(option: str) -> int:
+        text = request.args.get(option)
+        if text is None:
+            return int(getattr(portal.settings.ui, option))
+        if not (text.isascii() and text.isdigit() and len(text) < 8):
+            raise Refusal(400, f"{option} is not a number of seconds.", error_code="INVALID_PARAMETER_VALUE")
+        return int(text)
+
+    def _link(name: str) -> str:
+        target = portal.routes.by_name(name)
+        times = {option: _option(option) for option in ("link_expires", "session_expires")}
+        unknown = sorted(set(request.args) - set(times))
+        if unknown:
+            raise Refusal(400, f"There is no option {unknown[0]!r}; there are {' and '.join(times)}.")
+        try:
+            credentials = portal.credentials.get(target)
+        except CredentialsUnavailable as unavailable:
+            raise Refusal(503, f"No AWS credentials for {name}: {unavailable}", retry_after=5) from None
+        return portal.in_loop(
+            asyncio.to_thread(
+                presigned_url, target, credentials, portal.settings.aws, proxy=portal.settings.upstream.proxy, **times
+            )
+        )
+
+    return pages

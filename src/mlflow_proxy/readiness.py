@@ -1,0 +1,122 @@
+"""Whether requests can be served now: for each target, a signed request that succeeded lately, and valid credentials.
+
+Traffic counts; only where there was none lately, readiness sends a request of its own, one at a time per target.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from mlflow_proxy.aws.credentials import CredentialStore
+from mlflow_proxy.errors import Refusal
+from mlflow_proxy.forwarder import Forwarder
+from mlflow_proxy.http1 import UpstreamError
+from mlflow_proxy.requests import Request
+from mlflow_proxy.routing import Route
+from mlflow_proxy.signing import Payload
+from mlflow_proxy.targets import Target
+from mlflow_proxy.telemetry.record import Record
+
+# A call that every MLflow version has and every role that may read is allowed.
+PROBE_PATH = "/api/2.0/mlflow/experiments/search"
+PROBE_BODY = b'{"max_results": 1}'
+# A target that just failed is not asked again at once, whoever polls, in seconds.
+_FAILURE_AGE = 2.0
+
+
+class Readiness:
+    """Judges the targets of one worker."""
+
+    def __init__(
+        self, targets: Iterable[Target], forwarder: Forwarder, credentials: CredentialStore, max_age: float
+    ) -> None:
+        self._targets = tuple(targets)
+        self._forwarder = forwarder
+        self._credentials = credentials
+        self._max_age = max_age
+        self._failures: dict[str, tuple[float, str]] = {}
+        self._locks = {target.name: asyncio.Lock() for target in self._targets}
+
+    async def report(self) -> tuple[bool, dict[str, Any]]:
+        """Whether all targets are ready, and the reasons, as JSON-able values."""
+        states = await asyncio.gather(*(self._state(target) for target in self._targets))
+        ready = all(state["ready"] for state in states)
+        named = {target.name: state for target, state in zip(self._targets, states, strict=True)}
+        return ready, {"ready": ready, "targets": named}
+
+    async def _state(self, target: Target) -> dict[str, Any]:
+        reason = await self._reason(target)
+        status = self._credentials.status(target)
+        remaining = None if status.expires_at is None else max(0, round(status.expires_at - time.time()))
+        return {
+            "ready": reason is None,
+            "reason": reason,
+            "mode": target.arn.mode.resource_type,
+            "credentials": {"usable": status.usable, "provider": status.provider, "expires_in_seconds": remaining},
+            "clock_offset_seconds": round(self._forwarder.clock_offset(target)),
+        }
+
+    async def _reason(self, target: Target) -> str | None:
+        """Why a target is not ready; None if it is."""
+        async with self._locks[target.name]:
+            now = time.monotonic()
+            if now - self._forwarder.last_success.get(target.name, -self._max_age) < self._max_age:
+                status = self._credentials.status(target)
+                return None if status.usable else f"no valid AWS credentials: {status.error}"
+            failed_at, reason = self._failures.get(target.name, (-_FAILURE_AGE, ""))
+            if now - failed_at < _FAILURE_AGE:
+                return reason
+            failure = await self._probe(target)
+            if failure is not None:
+                self._failures[target.name] = (time.monotonic(), failure)
+            return failure
+
+    async def _probe(self, target: Target) -> str | None:
+        """Send a signed request; None if MLflow answered it."""
+        record = Record("POST", "readiness")
+        answer = _Collected()
+        try:
+            await self._forwarder.forward(
+                _PROBE, Route(target, "", PROBE_PATH), Payload.of(PROBE_BODY), answer.send, record
+            )
+        except (Refusal, UpstreamError, TimeoutError) as error:
+            return str(error) or "no answer in time"
+        if answer.status < 400:
+            return None
+        return f"MLflow answered {answer.status}: {answer.message()}"
+
+
+_PROBE = Request(
+    method="POST",
+    path=PROBE_PATH,
+    query="",
+    headers=[(b"content-type", b"application/json"), (b"user-agent", b"mlflow-proxy")],
+    content_type="application/json",
+    content_length=len(PROBE_BODY),
+    has_body=True,
+    client="",
+    scheme="",
+    host="",
+)
+
+
+class _Collected:
+    """Takes an answer instead of a caller."""
+
+    def __init__(self) -> None:
+        self.status = 0
+        self._body = b""
+
+    async def send(self, message: dict[str, Any]) -> None:
+        self.status = message.get("status", self.status)
+        self._body = (self._body + message.get("body", b""))[:4096]
+
+    def message(self) -> str:
+        try:
+            return str(json.loads(self._body).get("message", ""))[:500]
+        except (ValueError, AttributeError):
+            return self._body[:200].decode("utf-8", "replace")

@@ -1,0 +1,126 @@
+"""Step 8 of a request's way: the answer goes back as it came: status, headers, and the very bytes of the body.
+
+Left out are headers that are for this hop only, that are AWS's own business, or that would speak for the proxy's
+origin: a cookie of the upstream would be everybody's, since all callers share one identity there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from mlflow_proxy.http1 import Connection
+from mlflow_proxy.targets import Endpoint
+
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+Headers = list[tuple[bytes, bytes]]
+
+DROPPED_HEADERS = frozenset(
+    {
+        # hop by hop (RFC 9110 section 7.6.1)
+        b"connection",
+        b"keep-alive",
+        b"proxy-authenticate",
+        b"proxy-authentication-info",
+        b"proxy-connection",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
+        # would set something for the proxy's own origin
+        b"alt-svc",
+        b"clear-site-data",
+        b"nel",
+        b"public-key-pins",
+        b"report-to",
+        b"reporting-endpoints",
+        b"set-cookie",
+        b"set-cookie2",
+        b"strict-transport-security",
+        # ours takes its place
+        b"x-request-id",
+    }
+)
+_AWS_PREFIXES = (b"x-amz-", b"x-amzn-")
+_UPSTREAM_IDS = (b"x-amzn-requestid", b"x-amz-request-id")
+_ABSOLUTE = re.compile(r"(?:(https?):)?//([^/?#]*)([^#]*(?:#.*)?)", re.IGNORECASE | re.DOTALL)
+
+
+def downstream_headers(headers: Headers, endpoint: Endpoint, prefix: str) -> Headers:
+    """The headers of an answer that the caller gets: names in lower case, order and duplicates kept."""
+    kept: Headers = []
+    named: set[bytes] | None = None
+    for name, value in headers:
+        lowered = name.lower()
+        if lowered == b"connection":
+            named = (named or set()) | {token.strip().lower() for token in value.split(b",")}
+        if lowered in DROPPED_HEADERS or lowered.startswith(_AWS_PREFIXES):
+            continue
+        if lowered in (b"location", b"content-location"):
+            value = rewrite_location(value.decode("latin-1"), endpoint, prefix).encode("latin-1")  # noqa: PLW2901
+        kept.append((lowered, value))
+    if named:
+        kept = [pair for pair in kept if pair[0] not in named]
+    return kept
+
+
+def rewrite_location(location: str, endpoint: Endpoint, prefix: str) -> str:
+    """Where a redirect leads, as seen from the caller: the upstream's own URLs become paths on the proxy.
+
+    `prefix` is the target's, such as `/t/dev`, or empty. Other hosts' URLs and relative ones stay.
+    """
+    match = _ABSOLUTE.fullmatch(location)
+    if match:
+        scheme, authority, rest = match.groups()
+        if authority.lower() not in _authorities(endpoint, scheme):
+            return location
+        location = rest if rest.startswith("/") else f"/{rest}"
+    if not location.startswith("/") or location.startswith("//"):
+        return location
+    return prefix + location
+
+
+def _authorities(endpoint: Endpoint, scheme: str | None) -> tuple[str, ...]:
+    """The upstream may redirect to itself with or without port, and under either scheme."""
+    host = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host
+    host = host.lower()
+    names = [endpoint.authority.lower(), f"{host}:{endpoint.port}"]
+    if scheme is None or scheme.lower() != endpoint.scheme:
+        names.append(host)
+    return tuple(names)
+
+
+def upstream_request_id(headers: Headers) -> str:
+    """AWS's id of the request, for the log; empty if there is none."""
+    for name, value in headers:
+        if name.lower() in _UPSTREAM_IDS:
+            return value.decode("latin-1")[:128]
+    return ""
+
+
+async def send_whole(send: Send, status: int, headers: Headers, body: bytes) -> None:
+    """Send an answer that is all there."""
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def relay(
+    connection: Connection, send: Send, headers: Headers, *, between: float, sent: Callable[[int], None]
+) -> None:
+    """Send the answer whose head is on `connection`.
+
+    The head goes out at once, then chunks as they arrive (event streams depend on both); the next is read when the
+    caller has taken the last one, `between` seconds at the most for either side. `sent` is told the size of each.
+    Raises the connection's UpstreamErrors, and TimeoutError if the caller stops reading.
+    """
+    await send({"type": "http.response.start", "status": connection.status, "headers": headers})
+    data = b"" if connection.drained else await connection.read(between) or b""
+    while not connection.drained:
+        sent(len(data))
+        async with asyncio.timeout(between):
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+        data = await connection.read(between) or b""
+    sent(len(data))
+    await send({"type": "http.response.body", "body": data, "more_body": False})

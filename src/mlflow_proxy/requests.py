@@ -1,0 +1,271 @@
+"""A request as the proxy understands it: read once from the ASGI scope, checked, and reduced to what may pass.
+
+Everything from outside is judged here: framing, size and number of headers, Host, and the allow-list of headers. What
+is not on the list never reaches SageMaker: the caller's Authorization and cookies, X-Amz-…, both ARN headers,
+X-Forwarded-…, Origin and Referer (MLflow refuses foreign ones), hop-by-hop headers, and MLflow's own switches.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Iterable
+from ipaddress import ip_address
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+from mlflow_proxy.errors import Refusal
+from mlflow_proxy.settings import LOOPBACK_HOSTS, Network, Server
+from mlflow_proxy.transform import canonical_path, canonical_query
+
+Scope = dict[str, Any]
+
+# Name by name, never by pattern: MLflow has switches among the x-mlflow-… headers, such as X-MLflow-Guardrail-Bypass.
+PASSED_HEADERS = frozenset(
+    {
+        b"accept",
+        b"accept-charset",
+        b"accept-encoding",
+        b"accept-language",
+        b"cache-control",
+        b"content-encoding",
+        b"content-language",
+        b"content-type",
+        b"if-match",
+        b"if-modified-since",
+        b"if-none-match",
+        b"if-range",
+        b"if-unmodified-since",
+        b"pragma",
+        b"range",
+        b"traceparent",
+        b"tracestate",
+        b"user-agent",
+        b"x-mlflow-client-version",
+        b"x-mlflow-experiment-id",
+        b"x-mlflow-workspace",
+    }
+)
+# Two of these would mean two things, and servers differ in which one they take.
+SINGLE_HEADERS = frozenset(
+    {
+        b"content-encoding",
+        b"content-type",
+        b"if-range",
+        b"range",
+        b"traceparent",
+        b"user-agent",
+        b"x-mlflow-client-version",
+        b"x-mlflow-experiment-id",
+        b"x-mlflow-workspace",
+    }
+)
+_NOTED_HEADERS = frozenset({b"host", b"content-length", b"transfer-encoding", b"connection", b"x-request-id"})
+_METHOD = re.compile(r"[A-Z]{1,32}")
+_REFUSED_METHODS = frozenset({"CONNECT", "TRACE", "TRACK"})
+_HOST = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::\d{1,5})?")
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{8,128}")
+
+
+class Request(NamedTuple):
+    """What the steps of a request's way know of it."""
+
+    method: str
+    path: str
+    query: str
+    headers: list[tuple[bytes, bytes]]
+    content_type: str
+    content_length: int | None
+    has_body: bool
+    client: str
+    scheme: str
+    host: str
+
+
+def request_id_of(scope: Scope) -> str:
+    """The caller's X-Request-Id if it is a sane one, else a new one; it is in the answer and in the log."""
+    for name, value in scope["headers"]:
+        if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
+            return str(value, "ascii")
+    return secrets.token_hex(8)
+
+
+class RequestReader:
+    """Reads requests under one configuration."""
+
+    def __init__(self, server: Server) -> None:
+        self._header_limit = int(server.header_limit)
+        self._header_count_limit = server.header_count_limit
+        self._url_limit = int(server.url_limit)
+        self._hosts = AllowedHosts(server)
+        self._trusted = server.trusted_proxies
+
+    def read(self, scope: Scope) -> Request:
+        """Check and reduce one request. Raises Refusal for all that is not plainly a good one."""
+        raw_path, raw_query = scope["raw_path"], scope["query_string"]
+        if len(raw_path) + len(raw_query) > self._url_limit:
+            raise Refusal(414, f"The URL is longer than {self._url_limit} bytes (server.url_limit).", close=True)
+        method = scope["method"]
+        if method in _REFUSED_METHODS or not _METHOD.fullmatch(method):
+            raise Refusal(501, f"The method {method[:32]!r} is not one that MLflow has.", close=True)
+        passed, noted = self._sort_headers(scope["headers"])
+        host = self._host(noted)
+        length = _content_length(noted)
+        client, scheme = self._client(scope)
+        return Request(
+            method=method,
+            path=canonical_path(raw_path),
+            query=canonical_query(raw_query) if raw_query else "",
+            headers=passed,
+            content_type=_content_type(passed),
+            content_length=length,
+            has_body=bool(length) or b"transfer-encoding" in noted,
+            client=client,
+            scheme=scheme,
+            host=host,
+        )
+
+    def _sort_headers(
+        self, headers: list[tuple[bytes, bytes]]
+    ) -> tuple[list[tuple[bytes, bytes]], dict[bytes, list[bytes]]]:
+        if len(headers) > self._header_count_limit:
+            raise Refusal(431, f"More than {self._header_count_limit} headers (server.header_count_limit).", close=True)
+        passed: list[tuple[bytes, bytes]] = []
+        noted: dict[bytes, list[bytes]] = {}
+        size = 0
+        for pair in headers:
+            name, value = pair
+            size += len(name) + len(value)
+            if name in PASSED_HEADERS:
+                passed.append(pair)
+            elif name in _NOTED_HEADERS:
+                noted.setdefault(name, []).append(value)
+        if size > self._header_limit:
+            raise Refusal(
+                431, f"The headers are larger than {self._header_limit} bytes (server.header_limit).", close=True
+            )
+        if len(passed) > 1:
+            _refuse_doubles(passed)
+        if b"connection" in noted:
+            passed = _without_hop_by_hop(passed, noted[b"connection"])
+        return passed, noted
+
+    def _host(self, noted: dict[bytes, list[bytes]]) -> str:
+        values = noted.get(b"host", ())
+        if len(values) != 1 or not values[0]:
+            raise Refusal(400, "A request has exactly one Host header.", close=True)
+        return self._hosts.check(values[0])
+
+    def _client(self, scope: Scope) -> tuple[str, str]:
+        peer = scope["client"][0] if scope.get("client") else ""
+        if not self._trusted:
+            return peer, scope["scheme"]
+        return forwarded_client(peer, scope["scheme"], scope["headers"], self._trusted)
+
+
+class AllowedHosts:
+    """Which names callers may use for this proxy, so that a browser tricked by DNS rebinding reaches nothing."""
+
+    def __init__(self, server: Server) -> None:
+        names = {*server.allowed_hosts, *LOOPBACK_HOSTS, server.host}
+        if server.public_url:
+            names.add(urlsplit(server.public_url).hostname or "")
+        lowered = {name.lower().strip("[]") for name in names}
+        self._exact = {name for name in lowered if name and not name.startswith("*.")}
+        self._suffixes = tuple(name[1:] for name in lowered if name.startswith("*."))
+        self._known: dict[bytes, str] = {}
+
+    def check(self, value: bytes) -> str:
+        """The host name of a Host header, in lower case, without its port. Raises Refusal 400 or 421."""
+        known = self._known.get(value)
+        if known is not None:
+            return known
+        match = _HOST.fullmatch(value)
+        if match is None:
+            raise Refusal(400, "The Host header is not a host name with an optional port.", close=True)
+        name = match[1].decode("ascii").lower().strip("[]").rstrip(".")
+        if name not in self._exact and not (self._suffixes and name.endswith(self._suffixes)):
+            raise Refusal(
+                421,
+                f"This proxy does not answer for the host {name!r}. Its operator can add it to server.allowed_hosts.",
+            )
+        if len(self._known) < 256:
+            self._known[value] = name
+        return name
+
+
+def forwarded_client(
+    peer: str, scheme: str, headers: Iterable[tuple[bytes, bytes]], trusted: list[Network]
+) -> tuple[str, str]:
+    """The caller's address and scheme, by X-Forwarded-For and -Proto as far as trusted proxies wrote them.
+
+    The address is the rightmost one that is not a trusted proxy's: what stands left of it, anybody may have written.
+    """
+    if not _is_trusted(peer, trusted):
+        return peer, scheme
+    hops: list[str] = []
+    for name, value in headers:
+        if name == b"x-forwarded-for":
+            hops += [hop.strip() for hop in value.decode("latin-1").split(",")]
+        elif name == b"x-forwarded-proto":
+            last = value.decode("latin-1").rsplit(",", 1)[-1].strip().lower()
+            scheme = last if last in ("http", "https") else scheme
+    client = peer
+    for hop in reversed(hops):
+        if not _is_address(hop):
+            break
+        client = hop
+        if not _is_trusted(hop, trusted):
+            break
+    return client, scheme
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_trusted(text: str, trusted: list[Network]) -> bool:
+    return _is_address(text) and any(ip_address(text) in network for network in trusted)
+
+
+def _content_length(noted: dict[bytes, list[bytes]]) -> int | None:
+    values = noted.get(b"content-length")
+    if values is None:
+        return None
+    if b"transfer-encoding" in noted:
+        raise Refusal(400, "A request has Content-Length or Transfer-Encoding, not both.", close=True)
+    if len(values) > 1 or not re.fullmatch(rb"\d{1,18}", values[0]):
+        raise Refusal(400, "Content-Length is not a single number.", close=True)
+    return int(values[0])
+
+
+def _content_type(passed: list[tuple[bytes, bytes]]) -> str:
+    """The content type in the form in which it is signed and sent: no outer spaces, no runs of spaces."""
+    for index, (name, value) in enumerate(passed):
+        if name == b"content-type":
+            try:
+                text = " ".join(value.decode("ascii").split())
+            except UnicodeDecodeError:
+                raise Refusal(400, "The Content-Type header is not ASCII.") from None
+            passed[index] = (name, text.encode("ascii"))
+            return text
+    return ""
+
+
+def _refuse_doubles(passed: list[tuple[bytes, bytes]]) -> None:
+    names = [name for name, _ in passed]
+    if len(set(names)) == len(names):
+        return
+    for name in SINGLE_HEADERS:
+        if names.count(name) > 1:
+            raise Refusal(400, f"The header {name.decode()} was sent more than once.")
+
+
+def _without_hop_by_hop(passed: list[tuple[bytes, bytes]], connection: list[bytes]) -> list[tuple[bytes, bytes]]:
+    """RFC 9110 section 7.6.1: what Connection names is for this hop only."""
+    named = {token.strip().lower() for value in connection for token in value.split(b",")}
+    return passed if named.isdisjoint(PASSED_HEADERS) else [pair for pair in passed if pair[0] not in named]

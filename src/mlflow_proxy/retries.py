@@ -1,0 +1,34 @@
+"""When a request may be sent once more: only where that is surely safe. Pure decisions; the forwarder carries them out.
+
+Safe means: no connection was made, so nothing was sent; or the service throttled, so nothing was done; or the method
+is idempotent (RFC 9110 section 9.2.2) and no answer had begun.
+"""
+
+from __future__ import annotations
+
+import random
+
+from mlflow_proxy.http1 import Disconnected, UpstreamError
+from mlflow_proxy.upstream import NotConnected
+
+_IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "PUT", "DELETE"})
+_FIRST_DELAY = 0.1
+_LONGEST_DELAY = 2.0
+
+
+def may_repeat(error: UpstreamError, method: str) -> bool:
+    """Whether a failed exchange may be tried again."""
+    if isinstance(error, NotConnected):
+        return True
+    return isinstance(error, Disconnected) and not error.begun and method in _IDEMPOTENT
+
+
+def delay(attempt: int, *, throttled: bool = False) -> float:
+    """Seconds before attempt number `attempt` (the first repetition is 1): exponential with full jitter.
+
+    A lost connection is repeated at once the first time, since most often an unused one was just closed.
+    """
+    if attempt == 1 and not throttled:
+        return 0.0
+    ceiling = min(_LONGEST_DELAY, _FIRST_DELAY * 2 ** (attempt + (1 if throttled else 0)))
+    return random.uniform(ceiling / 2 if throttled else 0.0, ceiling)  # noqa: S311  # not a secret

@@ -1,0 +1,53 @@
+"""Runs the gateway on Granian: listening, TLS, worker processes, restarts of workers that died, draining at the end."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from granian import Granian
+from granian.constants import HTTPModes, Interfaces, Loops, RuntimeModes, SSLProtocols
+from granian.http import HTTP1Settings, HTTP2Settings
+from granian.log import LogLevels
+
+from mlflow_proxy import gateway, portal, readiness
+from mlflow_proxy.settings import CONFIG_VARIABLE, Settings
+
+# Workers are forked: what is imported here costs its time once and its memory once.
+_PRELOADED = (gateway, portal, readiness)
+
+# Connections that the kernel holds while all workers are busy.
+_BACKLOG = 2048
+
+
+def serve(settings: Settings, config: Path | None) -> None:
+    """Serve until SIGINT or SIGTERM; `config` is the file that `settings` came from, read again by each worker."""
+    if config is not None:
+        os.environ[CONFIG_VARIABLE] = str(config.resolve())
+    server = settings.server
+    granian = Granian(
+        "mlflow_proxy.gateway:create_app",
+        factory=True,
+        address=server.host,
+        port=server.port,
+        interface=Interfaces.ASGI,
+        workers=server.workers,
+        runtime_mode=RuntimeModes.st,
+        loop=Loops.uvloop,
+        http=HTTPModes.auto,
+        websockets=False,
+        backlog=_BACKLOG,
+        backpressure=server.concurrency,
+        http1_settings=HTTP1Settings(header_read_timeout=int(server.header_timeout * 1000)),
+        http2_settings=HTTP2Settings(
+            max_concurrent_streams=128, max_headers_size=2 * int(server.header_limit), keep_alive_interval=30_000
+        ),
+        log_level=LogLevels.warning,
+        ssl_cert=server.tls_certificate,
+        ssl_key=server.tls_key,
+        ssl_protocol_min=SSLProtocols.tls12,
+        respawn_failed_workers=True,
+        respawn_interval=1.0,
+        workers_kill_timeout=int(server.drain_timeout),
+    )
+    granian.serve()

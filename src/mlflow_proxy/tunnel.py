@@ -1,0 +1,81 @@
+"""A connection to the upstream through an HTTP proxy on the way out (CONNECT, RFC 9110 section 9.3.6)."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import ssl
+from typing import cast
+from urllib.parse import unquote, urlsplit
+
+from mlflow_proxy.http1 import Connection
+
+_ANSWER_LIMIT = 64 * 1024
+
+
+async def open_tunnel(proxy: str, host: str, port: int, tls: ssl.SSLContext | None) -> Connection:
+    """Connect to `host` through `proxy`, with TLS to `host` inside the tunnel if `tls` is given.
+
+    Raises OSError if the proxy cannot be reached or refuses; the caller sets the deadline.
+    """
+    loop = asyncio.get_running_loop()
+    parts = urlsplit(proxy)
+    request = _request(host, port, parts.username, parts.password)
+    transport, tunnel = await loop.create_connection(
+        lambda: _Tunnel(loop, request), parts.hostname or "", parts.port or 80
+    )
+    try:
+        await tunnel.opened
+        connection = Connection(loop)
+        if tls is None:
+            transport.set_protocol(connection)
+            connection.connection_made(transport)
+            return connection
+        # uvloop tells the protocol of the new transport itself; asyncio does not.
+        secured = await loop.start_tls(transport, connection, tls, server_hostname=host)
+        if secured is None:
+            raise OSError("the tunnel was closed during the TLS handshake")
+        connection.connection_made(secured)
+        return connection
+    except BaseException:
+        transport.abort()
+        raise
+
+
+def _request(host: str, port: int, user: str | None, password: str | None) -> bytes:
+    authority = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    lines = [f"CONNECT {authority} HTTP/1.1", f"host: {authority}"]
+    if user is not None:
+        credentials = f"{unquote(user)}:{unquote(password or '')}"
+        lines.append(f"proxy-authorization: Basic {base64.b64encode(credentials.encode()).decode()}")
+    return "\r\n".join([*lines, "", ""]).encode()
+
+
+class _Tunnel(asyncio.Protocol):
+    """Sends the CONNECT request; `opened` tells how it ended."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, request: bytes) -> None:
+        self._request = request
+        self._answer = b""
+        self.opened: asyncio.Future[None] = loop.create_future()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        cast(asyncio.Transport, transport).write(self._request)
+
+    def data_received(self, data: bytes) -> None:
+        self._answer += data
+        if self.opened.done():
+            return
+        if b"\r\n\r\n" in self._answer:
+            status = self._answer.split(b"\r\n", 1)[0].decode("latin-1")
+            if status.split(" ")[1:2] == ["200"] and self._answer.endswith(b"\r\n\r\n"):
+                self.opened.set_result(None)
+            else:
+                self.opened.set_exception(OSError(f"the HTTP proxy refused the tunnel: {status[:200]}"))
+        elif len(self._answer) > _ANSWER_LIMIT:
+            self.opened.set_exception(OSError("the HTTP proxy's answer is not HTTP"))
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if not self.opened.done():
+            reason = f" ({error})" if error else ""
+            self.opened.set_exception(OSError(f"the HTTP proxy closed the connection{reason}"))

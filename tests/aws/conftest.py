@@ -1,0 +1,156 @@
+"""Small real servers that give credentials as AWS does, with lifetimes of seconds and faults on demand."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+from moto.server import ThreadedMotoServer
+
+IMDS_ROLES = "/latest/meta-data/iam/security-credentials/"
+IMDS_TOKEN = "imds-token"
+CONTAINER_TOKEN = "container-token"
+SSO_TOKEN = "sso-token"
+SECRET = "very-secret"
+
+
+class CredentialSource:
+    """Instance metadata v2, container endpoint, STS and SSO portal, on one port."""
+
+    def __init__(self) -> None:
+        self.lifetime = 3600.0
+        self.failing = False
+        self.delay = 0.0
+        self.external_id: str | None = None
+        self.expired_keys: set[str] = set()
+        self.asked: Counter[str] = Counter()
+        self.roles_asked: list[dict[str, str]] = []
+        self._lock = threading.Lock()
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def issue(self, kind: str) -> dict[str, Any]:
+        with self._lock:
+            self.asked[kind] += 1
+            number = sum(self.asked.values())
+        expires_at = time.time() + self.lifetime
+        return {
+            "AccessKeyId": f"ASIA{kind.upper()}{number:08d}",
+            "SecretAccessKey": SECRET,
+            "Token": f"{SECRET}-token-{number}",
+            "Expiration": datetime.fromtimestamp(expires_at, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "Code": "Success",
+        }
+
+    def answer(self, method: str, target: str, headers: Any, body: bytes) -> tuple[int, str]:
+        if target.startswith("http://"):
+            with self._lock:
+                self.asked["proxied"] += 1
+        path = urlsplit(target).path
+        if self.delay:
+            time.sleep(self.delay)
+        if self.failing:
+            return 500, "out of order"
+        if path.startswith("/latest/"):
+            return self._instance_metadata(method, path, headers)
+        if path == "/container":
+            allowed = headers["authorization"] == CONTAINER_TOKEN
+            return (200, json.dumps(self.issue("ecs"))) if allowed else (401, "{}")
+        if path == "/federation/credentials":
+            return self._sso_portal(headers)
+        return self._sts({name: values[0] for name, values in parse_qs(body.decode()).items()}, headers)
+
+    def _instance_metadata(self, method: str, path: str, headers: Any) -> tuple[int, str]:
+        if method == "PUT":
+            return (200, IMDS_TOKEN) if headers["x-aws-ec2-metadata-token-ttl-seconds"] else (400, "")
+        if headers["x-aws-ec2-metadata-token"] != IMDS_TOKEN:
+            return 401, ""
+        return 200, "proxy-role" if path == IMDS_ROLES else json.dumps(self.issue("imds"))
+
+    def _sso_portal(self, headers: Any) -> tuple[int, str]:
+        if headers["x-amz-sso_bearer_token"] != SSO_TOKEN:
+            return 401, "{}"
+        given = self.issue("sso")
+        role = {
+            "accessKeyId": given["AccessKeyId"],
+            "secretAccessKey": given["SecretAccessKey"],
+            "sessionToken": given["Token"],
+            "expiration": int((time.time() + self.lifetime) * 1000),
+        }
+        return 200, json.dumps({"roleCredentials": role})
+
+    def _sts(self, wanted: dict[str, str], headers: Any) -> tuple[int, str]:
+        with self._lock:
+            self.roles_asked.append(wanted)
+        if any(f"Credential={key}/" in headers["authorization"] for key in self.expired_keys):
+            return 403, _sts_error("ExpiredToken", "The security token included in the request is expired")
+        if self.external_id is not None and wanted.get("ExternalId") != self.external_id:
+            with self._lock:
+                self.asked["denied"] += 1
+            who = "arn:aws:iam::111122223333:user/proxy"
+            message = f"User: {who} is not authorized to perform: sts:AssumeRole on resource: {wanted['RoleArn']}"
+            return 403, _sts_error("AccessDenied", message)
+        given = self.issue("sts")
+        return 200, (
+            '<AssumeRoleResponse xmlns="https://sts.amazonaws.com/doc/2011-06-15/"><AssumeRoleResult><Credentials>'
+            f"<AccessKeyId>{given['AccessKeyId']}</AccessKeyId>"
+            f"<SecretAccessKey>{given['SecretAccessKey']}</SecretAccessKey>"
+            f"<SessionToken>{given['Token']}</SessionToken><Expiration>{given['Expiration']}</Expiration>"
+            "</Credentials></AssumeRoleResult></AssumeRoleResponse>"
+        )
+
+    def _handler(self) -> type[BaseHTTPRequestHandler]:
+        source = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                body = self.rfile.read(int(self.headers.get("content-length", 0)))
+                status, text = source.answer(self.command, self.path, self.headers, body)
+                self.send_response(status)
+                self.send_header("content-length", str(len(text)))
+                self.end_headers()
+                self.wfile.write(text.encode())
+
+            do_PUT = do_POST = do_GET
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+        return Handler
+
+
+def _sts_error(code: str, message: str) -> str:
+    return (
+        '<ErrorResponse xmlns="https://sts.amazonaws.com/doc/2011-06-15/"><Error><Type>Sender</Type>'
+        f"<Code>{code}</Code><Message>{message}</Message></Error></ErrorResponse>"
+    )
+
+
+@pytest.fixture
+def source() -> Iterator[CredentialSource]:
+    server = CredentialSource()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def moto_url() -> Iterator[str]:
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
