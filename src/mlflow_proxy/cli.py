@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -86,7 +87,11 @@ def local(port: int, state: Path | None) -> None:
     _needs_local()
     from mlflow_proxy.local import run_local
 
-    sys.exit(run_local(port=port, state_dir=state))
+    if state is not None:
+        sys.exit(run_local(state, port=port))
+    with tempfile.TemporaryDirectory(prefix="mlflow-proxy-local-", ignore_cleanup_errors=True) as folder:
+        code = run_local(Path(folder), port=port)
+    sys.exit(code)
 
 
 @main.command()

@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 from mlflow_proxy import retries
 from mlflow_proxy.aws import errors as aws
-from mlflow_proxy.aws.credentials import CredentialStore, CredentialsUnavailable
+from mlflow_proxy.aws.credentials import Credentials, CredentialStore, CredentialsUnavailable
 from mlflow_proxy.bodies import Bodies, Receive
+from mlflow_proxy.deadlines import Deadlines
 from mlflow_proxy.errors import Refusal
 from mlflow_proxy.http1 import AnswerTimeout, Connection, UpstreamError
 from mlflow_proxy.relay import Headers, Send, downstream_headers, relay, send_whole, upstream_request_id
@@ -42,26 +43,38 @@ class Line(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """An answer whose head has arrived. Its body is still on `connection`, or if that is None, all in `body`."""
+    """An answer whose head has arrived. `body` is what was read of it; more is on `connection`, unless that is None."""
 
     status: int
     headers: Headers
     connection: Connection | None
+    credentials: Credentials
+    clock_offset: float
     body: bytes = b""
     error: aws.AwsError | None = None
+
+    @property
+    def date(self) -> str | None:
+        """The Date header: the service's clock."""
+        return next((value.decode("latin-1") for name, value in self.headers if name.lower() == b"date"), None)
 
 
 class Forwarder:
     """Forwards requests under one configuration. Made in the event loop that serves them."""
 
     def __init__(
-        self, settings: Settings, targets: Iterable[Target], credentials: CredentialStore, bodies: Bodies
+        self,
+        settings: Settings,
+        targets: Iterable[Target],
+        credentials: CredentialStore,
+        bodies: Bodies,
+        deadlines: Deadlines,
     ) -> None:
         targets = tuple(targets)
         self._upstream = settings.upstream
         self._credentials = credentials
         self._bodies = bodies
-        self._lines = {t.name: Line(t, Pool(t, settings.upstream), Signer(t)) for t in targets}
+        self._lines = {t.name: Line(t, Pool(t, settings.upstream, deadlines), Signer(t)) for t in targets}
         self.routes = Routes(targets)
         self.last_success: dict[str, float] = {}
 
@@ -91,16 +104,41 @@ class Forwarder:
             return
         try:
             await relay(
-                answer.connection, send, headers, between=self._upstream.idle_timeout, sent=record.add_bytes_out
+                answer.connection,
+                answer.body,
+                send,
+                headers,
+                between=self._upstream.idle_timeout,
+                sent=record.add_bytes_out,
             )
         finally:
             line.pool.release(answer.connection)
         if answer.status < 400:
             self.last_success[line.target.name] = time.monotonic()
 
+    async def ask(self, target: Target, request: Request, body: Payload) -> Answer:
+        """Send a request of the proxy's own and return the whole answer. Raises Refusal and UpstreamError."""
+        line = self._lines[target.name]
+        answer = await self._answered(line, request, request.path, body, Record(request.method, "mlflow-proxy"))
+        if answer.connection is None:
+            return answer
+        data = answer.body
+        try:
+            while not answer.connection.drained and len(data) < aws.SIZE_LIMIT:
+                data += await answer.connection.read(self._upstream.idle_timeout) or b""
+        finally:
+            line.pool.release(answer.connection)
+        if answer.status < 400:
+            self.last_success[target.name] = time.monotonic()
+        return answer._replace(connection=None, body=data)
+
     def clock_offset(self, target: Target) -> float:
         """Seconds that the target's clock is ahead of this machine's, as far as its answers told."""
         return self._lines[target.name].signer.clock.offset
+
+    def date_difference(self, target: Target, answer: Answer) -> float | None:
+        """Seconds that an answer's Date is ahead of this machine's clock; None if it has none."""
+        return self._lines[target.name].signer.clock.difference(answer.date)
 
     def close(self) -> None:
         """Close the connections to all targets."""
@@ -140,9 +178,12 @@ class Forwarder:
             credentials = self._credentials.get(line.target)
         except CredentialsUnavailable as unavailable:
             raise Refusal(503, f"No AWS credentials for {line.target.name}: {unavailable}", retry_after=5) from None
+        offset = line.signer.clock.offset
         head = line.signer.head(request, path, body, credentials, request_id=record.request_id)
         started = time.perf_counter()
-        connection = await line.pool.acquire(fresh=record.retries > 0)
+        connection = (line.pool.take_idle() if not record.retries else None) or await line.pool.acquire(
+            fresh=record.retries > 0
+        )
         try:
             await connection.exchange(
                 head,
@@ -153,7 +194,7 @@ class Forwarder:
             )
             record.upstream_seconds += time.perf_counter() - started
             record.upstream_request_id = upstream_request_id(connection.headers)
-            answer = Answer(connection.status, connection.headers, connection)
+            answer = Answer(connection.status, connection.headers, connection, credentials, offset)
             if connection.status in aws.STATUSES:
                 answer = await self._judged(answer, connection)
         except BaseException:
@@ -165,27 +206,27 @@ class Forwarder:
         return answer
 
     async def _judged(self, answer: Answer, connection: Connection) -> Answer:
-        """Read a short error answer whole, to tell AWS's own errors from MLflow's."""
-        declared = next((int(value) for name, value in answer.headers if name.lower() == b"content-length"), None)
-        if declared is None or declared > aws.SIZE_LIMIT:
-            return answer
+        """Read a short error answer whole, to tell AWS's own errors, which may hold secrets, from MLflow's."""
         body = b""
         while not connection.drained:
             body += await connection.read(self._upstream.idle_timeout) or b""
-        return Answer(answer.status, answer.headers, None, body, aws.aws_error(answer.status, answer.headers, body))
+            if len(body) > aws.SIZE_LIMIT:
+                return answer._replace(body=body)
+        return answer._replace(connection=None, body=body, error=aws.aws_error(answer.status, answer.headers, body))
 
     async def _corrected(self, line: Line, answer: Answer) -> bool:
         """Put right what the service found wrong with the signature, if it can be: the clock, or the credentials."""
         error = answer.error
         assert error is not None  # noqa: S101  # the caller's condition, for the type checker
-        date = next((v.decode("latin-1") for n, v in answer.headers if n.lower() == b"date"), None)
-        if line.signer.clock.correct(error.type, error.message, date):
+        if line.signer.clock.correct(error.type, error.message, answer.date, signed_at=answer.clock_offset):
             return True
         if not error.expired:
             return False
-        before = self._credentials.get(line.target)
         try:
-            return await self._credentials.wait_refreshed(line.target, _RENEWAL_WAIT) != before
+            # Another request may have brought new ones already, after this one was signed.
+            if self._credentials.get(line.target) != answer.credentials:
+                return True
+            return await self._credentials.wait_refreshed(line.target, _RENEWAL_WAIT) != answer.credentials
         except CredentialsUnavailable as unavailable:
             logger.warning("credentials for %s could not be renewed: %s", line.target.name, unavailable)
             return False

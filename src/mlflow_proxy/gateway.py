@@ -16,6 +16,7 @@ from typing import Any
 from mlflow_proxy import __version__, settings
 from mlflow_proxy.aws.credentials import CredentialStore
 from mlflow_proxy.bodies import Bodies, CallerGone, Receive
+from mlflow_proxy.deadlines import Deadlines
 from mlflow_proxy.errors import Refusal
 from mlflow_proxy.forwarder import Forwarder
 from mlflow_proxy.http1 import UpstreamError
@@ -53,15 +54,15 @@ class Gateway:
             await _answer_health(send)
             return
         record = Record(scope["method"], request_id_of(scope))
-        watch = CallerWatch(receive)
+        watch = CallerWatch(receive, self._deadlines)
         answered = _Started(send)
         try:
             request = self._reader.read(scope)
             record.path, record.caller_address = request.path, request.client
             if request.path.startswith(OWN_PREFIX):
-                await self._own(scope, request, receive, answered, record)
+                await self._own(scope, request, watch.receive, answered, record)
             else:
-                await self._forwarder(request, receive, answered, record)
+                await self._forwarder(request, watch.receive, answered, record)
         except Refusal as refusal:
             await _refuse(answered, refusal, record)
         except CallerGone:
@@ -133,9 +134,10 @@ class Gateway:
         from mlflow_proxy.readiness import Readiness  # noqa: PLC0415
 
         targets = self._settings.build_targets()
+        self._deadlines = Deadlines(asyncio.get_running_loop())
         self._credentials = CredentialStore(targets, self._settings.aws, proxy=self._settings.upstream.proxy)
         await self._credentials.start()
-        self._forwarder = Forwarder(self._settings, targets, self._credentials, self._bodies)
+        self._forwarder = Forwarder(self._settings, targets, self._credentials, self._bodies, self._deadlines)
         readiness = Readiness(targets, self._forwarder, self._credentials, self._settings.server.ready_max_age)
         self._portal = Portal(self._settings, self._forwarder.routes, self._credentials, readiness).asgi
 

@@ -15,6 +15,8 @@ from typing import Protocol, cast
 
 import httptools
 
+from mlflow_proxy.deadlines import Deadlines
+
 # A reader that falls this far behind stops the socket from being read, so that a worker's memory stays flat.
 HIGH_WATER = 512 * 1024
 # Bodies up to this size travel with the head in one write; larger ones in slices, each with a deadline.
@@ -52,12 +54,13 @@ class _Parser(Protocol):
 class Connection(asyncio.Protocol):
     """One connection. `exchange` sends a request and returns when the answer's head is there; `read` gives its body."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, deadlines: Deadlines) -> None:
         self._loop = loop
+        self._deadlines = deadlines
+        self._wait_for = ("", 0.0)
         self._transport: asyncio.Transport | None = None
         self._parser: _Parser | None = None
         self._waiter: asyncio.Future[None] | None = None
-        self._deadline: asyncio.TimerHandle | None = None
         self._drained: asyncio.Future[None] | None = None
         self._reading_paused = False
         self.idle_since = 0.0
@@ -98,6 +101,11 @@ class Connection(asyncio.Protocol):
     def drained(self) -> bool:
         """The answer is whole and all of it has been read."""
         return self.complete and not self._chunks
+
+    @property
+    def ready(self) -> bool:
+        """`read` need not wait: some of the body has arrived, or all of the answer."""
+        return self.complete or bool(self._chunks)
 
     async def exchange(
         self, head: bytes, body: bytes, *, head_request: bool, first_byte: float, between: float
@@ -152,27 +160,31 @@ class Connection(asyncio.Protocol):
 
     async def _wait(self, seconds: float, what: str) -> None:
         self._waiter = self._loop.create_future()
-        self._deadline = self._loop.call_later(seconds, self._expire, f"{what} within {seconds:g} s")
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
-            self._deadline.cancel()
+        await self._before(seconds, what, self._waiter)
+        self._waiter = None
 
-    def _expire(self, message: str) -> None:
-        self._fail(AnswerTimeout(message, begun=self._head_done))
+    async def _before(self, seconds: float, what: str, future: asyncio.Future[None]) -> None:
+        self._wait_for = (what, seconds)
+        self._deadlines.set(self, seconds, self._expire)
+        try:
+            await future
+        finally:
+            self._deadlines.clear(self)
+
+    def _expire(self) -> None:
+        self._fail(AnswerTimeout("{} within {:g} s".format(*self._wait_for), begun=self._head_done))
         self.abort()
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+        if self._drained is not None and not self._drained.done():  # the answer is there before the body was sent
+            self._drained.set_result(None)
 
     def _fail(self, error: UpstreamError) -> None:
         if not self.complete and self._error is None:
             self._error = error
         self._wake()
-        if self._drained is not None and not self._drained.done():
-            self._drained.set_result(None)
 
     async def _write_slices(self, transport: asyncio.Transport, body: memoryview, between: float) -> None:
         """Send a large body piece by piece; stops early when the upstream answers before it has all (RFC 9112 9.3)."""
@@ -182,11 +194,7 @@ class Connection(asyncio.Protocol):
                 return
             transport.write(body[start : start + SLICE])
             if self._drained is not None:
-                timer = self._loop.call_later(between, self._expire, f"it took no data for {between:g} s")
-                try:
-                    await self._drained
-                finally:
-                    timer.cancel()
+                await self._before(between, "no room for more of the body", self._drained)
 
     # asyncio.Protocol
 

@@ -16,13 +16,10 @@ from mlflow_proxy.errors import Refusal
 from mlflow_proxy.forwarder import Forwarder
 from mlflow_proxy.http1 import UpstreamError
 from mlflow_proxy.requests import Request
-from mlflow_proxy.routing import Route
 from mlflow_proxy.signing import Payload
 from mlflow_proxy.targets import Target
-from mlflow_proxy.telemetry.record import Record
 
-# A call that every MLflow version has and every role that may read is allowed.
-PROBE_PATH = "/api/2.0/mlflow/experiments/search"
+# A body for a call that every MLflow version has and every role that may read is allowed.
 PROBE_BODY = b'{"max_results": 1}'
 # A target that just failed is not asked again at once, whoever polls, in seconds.
 _FAILURE_AGE = 2.0
@@ -77,22 +74,26 @@ class Readiness:
 
     async def _probe(self, target: Target) -> str | None:
         """Send a signed request; None if MLflow answered it."""
-        record = Record("POST", "readiness")
-        answer = _Collected()
         try:
-            await self._forwarder.forward(
-                _PROBE, Route(target, "", PROBE_PATH), Payload.of(PROBE_BODY), answer.send, record
-            )
-        except (Refusal, UpstreamError, TimeoutError) as error:
-            return str(error) or "no answer in time"
-        if answer.status < 400:
-            return None
-        return f"MLflow answered {answer.status}: {answer.message()}"
+            answer = await self._forwarder.ask(target, PROBE, Payload.of(PROBE_BODY))
+        except (Refusal, UpstreamError) as error:
+            return str(error)
+        if answer.error is not None:
+            return answer.error.refusal().message
+        return None if answer.status < 400 else f"MLflow answered {answer.status}: {mlflow_message(answer.body)}"
 
 
-_PROBE = Request(
+def mlflow_message(body: bytes) -> str:
+    """The message of MLflow's error answer, or the beginning of whatever else it is."""
+    try:
+        return str(json.loads(body)["message"])[:500]
+    except (ValueError, KeyError, TypeError):
+        return body[:200].decode("utf-8", "replace")
+
+
+PROBE = Request(
     method="POST",
-    path=PROBE_PATH,
+    path="/api/2.0/mlflow/experiments/search",
     query="",
     headers=[(b"content-type", b"application/json"), (b"user-agent", b"mlflow-proxy")],
     content_type="application/json",
@@ -102,21 +103,3 @@ _PROBE = Request(
     scheme="",
     host="",
 )
-
-
-class _Collected:
-    """Takes an answer instead of a caller."""
-
-    def __init__(self) -> None:
-        self.status = 0
-        self._body = b""
-
-    async def send(self, message: dict[str, Any]) -> None:
-        self.status = message.get("status", self.status)
-        self._body = (self._body + message.get("body", b""))[:4096]
-
-    def message(self) -> str:
-        try:
-            return str(json.loads(self._body).get("message", ""))[:500]
-        except (ValueError, AttributeError):
-            return self._body[:200].decode("utf-8", "replace")

@@ -107,16 +107,20 @@ async def send_whole(send: Send, status: int, headers: Headers, body: bytes) -> 
 
 
 async def relay(
-    connection: Connection, send: Send, headers: Headers, *, between: float, sent: Callable[[int], None]
+    connection: Connection, begun: bytes, send: Send, headers: Headers, *, between: float, sent: Callable[[int], None]
 ) -> None:
-    """Send the answer whose head is on `connection`.
+    """Send the answer whose head is on `connection`; `begun` is what was read of its body already.
 
     The head goes out at once, then chunks as they arrive (event streams depend on both); the next is read when the
     caller has taken the last one, `between` seconds at the most for either side. `sent` is told the size of each.
     Raises the connection's UpstreamErrors, and TimeoutError if the caller stops reading.
     """
     await send({"type": "http.response.start", "status": connection.status, "headers": headers})
-    data = b"" if connection.drained else await connection.read(between) or b""
+    data = begun
+    if not data and not connection.ready:  # Granian keeps the head back until the first piece of the body
+        await send({"type": "http.response.body", "body": b"", "more_body": True})
+    if not data and not connection.drained:
+        data = await connection.read(between) or b""
     while not connection.drained:
         sent(len(data))
         async with asyncio.timeout(between):

@@ -7,6 +7,7 @@ X-Forwarded-…, Origin and Referer (MLflow refuses foreign ones), hop-by-hop he
 
 from __future__ import annotations
 
+import itertools
 import re
 import secrets
 from collections.abc import Iterable
@@ -64,6 +65,9 @@ _NOTED_HEADERS = frozenset({b"host", b"content-length", b"transfer-encoding", b"
 _METHOD = re.compile(r"[A-Z]{1,32}")
 _REFUSED_METHODS = frozenset({"CONNECT", "TRACE", "TRACK"})
 _HOST = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::\d{1,5})?")
+# Unique, not secret: a random start for each worker, then counted.
+_ID_PREFIX = secrets.token_hex(6)
+_ID_COUNTER = itertools.count(secrets.randbelow(1 << 24))
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{8,128}")
 
 
@@ -87,7 +91,7 @@ def request_id_of(scope: Scope) -> str:
     for name, value in scope["headers"]:
         if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
             return str(value, "ascii")
-    return secrets.token_hex(8)
+    return f"{_ID_PREFIX}{next(_ID_COUNTER):08x}"
 
 
 class RequestReader:

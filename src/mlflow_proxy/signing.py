@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple, Protocol
 
 from mlflow_proxy.aws.clock import ServiceClock
-from mlflow_proxy.aws.sigv4 import payload_hash, sign
+from mlflow_proxy.aws.sigv4 import amz_date_of, payload_hash, sign
 from mlflow_proxy.requests import Request
 from mlflow_proxy.targets import Target
 
@@ -53,12 +53,14 @@ class Signer:
     ) -> bytes:
         """Request line and headers, ready to be written. `path` is the target's, without the proxy's own prefix."""
         body_hash, body_size = body.sha256, len(body.data)
-        signed = [("host", self._authority), ("x-amz-content-sha256", body_hash), self._arn]
+        amz_date = amz_date_of(int(self.clock.now()))
+        # In the order of their names, as a canonical request has them.
+        signed = [("host", self._authority), ("x-amz-content-sha256", body_hash), ("x-amz-date", amz_date), self._arn]
         if credentials.token:
-            signed.append(("x-amz-security-token", credentials.token))
+            signed.insert(3, ("x-amz-security-token", credentials.token))
         if body_size and request.content_type:
-            signed.append(("content-type", request.content_type))
-        signature = sign(
+            signed.insert(0, ("content-type", request.content_type))
+        authorization = sign(
             access_key=credentials.access_key,
             secret_key=credentials.secret_key,
             region=self._region,
@@ -68,15 +70,15 @@ class Signer:
             query=request.query,
             headers=signed,
             hashed_payload=body_hash,
-            second=int(self.clock.now()),
+            amz_date=amz_date,
         )
         url = f"{path}?{request.query}" if request.query else path
         token = f"x-amz-security-token: {credentials.token}\r\n" if credentials.token else ""
         length = f"content-length: {body_size}\r\n" if body_size or request.method in _BODY_METHODS else ""
         own = (
             f"{request.method} {url} HTTP/1.1\r\nhost: {self._authority}\r\n{length}"
-            f"x-amz-date: {signature.amz_date}\r\nx-amz-content-sha256: {body_hash}\r\n{token}"
-            f"{self._arn[0]}: {self._arn[1]}\r\nauthorization: {signature.authorization}\r\n"
+            f"x-amz-date: {amz_date}\r\nx-amz-content-sha256: {body_hash}\r\n{token}"
+            f"{self._arn[0]}: {self._arn[1]}\r\nauthorization: {authorization}\r\n"
             f"x-request-id: {request_id}\r\n"
         )
         passed = b"".join([b"%b: %b\r\n" % pair for pair in request.headers])

@@ -13,8 +13,10 @@ from mlflow_proxy.http1 import Connection
 _ANSWER_LIMIT = 64 * 1024
 
 
-async def open_tunnel(proxy: str, host: str, port: int, tls: ssl.SSLContext | None) -> Connection:
-    """Connect to `host` through `proxy`, with TLS to `host` inside the tunnel if `tls` is given.
+async def open_tunnel(
+    proxy: str, host: str, port: int, tls: ssl.SSLContext | None, connection: Connection
+) -> Connection:
+    """Connect `connection` to `host` through `proxy`, with TLS to `host` inside the tunnel if `tls` is given.
 
     Raises OSError if the proxy cannot be reached or refuses; the caller sets the deadline.
     """
@@ -26,7 +28,6 @@ async def open_tunnel(proxy: str, host: str, port: int, tls: ssl.SSLContext | No
     )
     try:
         await tunnel.opened
-        connection = Connection(loop)
         if tls is None:
             transport.set_protocol(connection)
             connection.connection_made(transport)

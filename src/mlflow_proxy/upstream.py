@@ -11,6 +11,7 @@ import asyncio
 import ssl
 from collections import deque
 
+from mlflow_proxy.deadlines import Deadlines
 from mlflow_proxy.http1 import Connection, UpstreamError
 from mlflow_proxy.settings import Upstream as UpstreamSettings
 from mlflow_proxy.targets import Target
@@ -28,32 +29,40 @@ class Busy(UpstreamError):
 class Pool:
     """The connections of one worker to one target."""
 
-    def __init__(self, target: Target, settings: UpstreamSettings) -> None:
+    def __init__(self, target: Target, settings: UpstreamSettings, deadlines: Deadlines) -> None:
+        self._deadlines = deadlines
         self._endpoint = target.endpoint
         self._settings = settings
-        self._tls = _tls_context(target.ca_bundle) if target.endpoint.scheme == "https" else None
+        self._tls = tls_context(target.ca_bundle) if target.endpoint.scheme == "https" else None
         self._idle: deque[Connection] = deque()  # the longest unused one stands left
         self._waiting: deque[asyncio.Future[Connection | None]] = deque()
         self._open = 0
         self._sweeper: asyncio.TimerHandle | None = None
         self._closed = False
 
+    def take_idle(self) -> Connection | None:
+        """A connection that served before, if there is one: the quick half of `acquire`."""
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.reusable:
+                return connection
+            self._open -= 1
+        return None
+
     async def acquire(self, *, fresh: bool = False) -> Connection:
         """A connection for one exchange; give it back with `release`. Raises NotConnected or Busy.
 
         `fresh`: not one that served before, since such a one may have been closed by the upstream in this moment.
         """
-        while self._idle and not fresh:
-            connection = self._idle.pop()
-            if connection.reusable:
-                return connection
-            self._open -= 1
+        connection = None if fresh else self.take_idle()
+        if connection is not None:
+            return connection
         if self._open >= self._settings.connections and self._idle:
             self._discard(self._idle.popleft())
         if self._open < self._settings.connections:
             return await self._connect()
         handed_over = await self._wait_turn()
-        if handed_over is not None and not fresh:
+        if handed_over is not None and not fresh and handed_over.reusable:
             return handed_over
         if handed_over is not None:
             self._discard(handed_over)
@@ -154,9 +163,13 @@ class Pool:
         loop = asyncio.get_running_loop()
         host, port = self._endpoint.host, self._endpoint.port
         if self._settings.proxy is not None:
-            return await open_tunnel(self._settings.proxy, host, port, self._tls)
+            return await open_tunnel(self._settings.proxy, host, port, self._tls, Connection(loop, self._deadlines))
         _, connection = await loop.create_connection(
-            lambda: Connection(loop), host, port, ssl=self._tls, server_hostname=host if self._tls else None
+            lambda: Connection(loop, self._deadlines),
+            host,
+            port,
+            ssl=self._tls,
+            server_hostname=host if self._tls else None,
         )
         return connection
 
@@ -173,7 +186,8 @@ class Pool:
             self._schedule_sweep(max(self._idle[0].idle_since - oldest, 0.05))
 
 
-def _tls_context(ca_bundle: str | None) -> ssl.SSLContext:
+def tls_context(ca_bundle: str | None) -> ssl.SSLContext:
+    """Verifying TLS for upstreams: the system's CAs, or those in `ca_bundle`."""
     context = ssl.create_default_context(cafile=ca_bundle)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["http/1.1"])

@@ -35,9 +35,13 @@ class ServiceClock:
         except (TypeError, ValueError, OverflowError):
             return None
 
-    def correct(self, error_type: str, message: str, date_header: str | None) -> bool:
+    def correct(
+        self, error_type: str, message: str, date_header: str | None, *, signed_at: float | None = None
+    ) -> bool:
         """Take over the service's clock if an error is one of skew; True if the request is worth signing again.
 
+        `signed_at` is the offset that the refused request was signed with: another request may have corrected the
+        clock since.
         InvalidSignatureException also means a plain mismatch: it is skew only if its message says that the signature
         expired or is not yet current, and Date is more than a minute away from the clock that signed.
         """
@@ -46,8 +50,9 @@ class ServiceClock:
         if error_type == "InvalidSignatureException" and not any(words in message for words in _SKEW_WORDS):
             return False
         ahead = self.difference(date_header)
-        if ahead is None or abs(ahead - self.offset) < _LEAST_SKEW:
+        if ahead is None or abs(ahead - (self.offset if signed_at is None else signed_at)) < _LEAST_SKEW:
             return False
-        logger.warning("clock corrected by %.0f s after the service's Date; check this machine's time", ahead)
-        self.offset = ahead
+        if abs(ahead - self.offset) >= _LEAST_SKEW:
+            logger.warning("clock corrected by %.0f s after the service's Date; check this machine's time", ahead)
+            self.offset = ahead
         return True

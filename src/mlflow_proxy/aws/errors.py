@@ -7,6 +7,7 @@ errors have `error_code` and are nobody's business here.
 from __future__ import annotations
 
 import json
+import re
 from typing import NamedTuple
 
 from mlflow_proxy.errors import Refusal
@@ -15,6 +16,7 @@ from mlflow_proxy.errors import Refusal
 STATUSES = frozenset({400, 401, 403, 404, 429, 500, 502, 503, 504})
 SIZE_LIMIT = 16 * 1024
 
+_RECITAL = re.compile(r"\n|The Canonical String|The String-to-Sign|x-amz-security-token", re.IGNORECASE)
 _EXPIRED = frozenset({"ExpiredTokenException", "ExpiredToken", "UnrecognizedClientException", "InvalidClientTokenId"})
 _THROTTLED = frozenset({"ThrottlingException", "Throttling", "TooManyRequestsException", "RequestLimitExceeded"})
 _ADVICE = {
@@ -70,5 +72,13 @@ def aws_error(status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> A
     error_type = error_type or str(content.get("__type", ""))
     if not error_type or "error_code" in content:
         return AwsError(status, "TooManyRequestsException", "") if status == 429 and not content else None
-    message = content.get("message", content.get("Message", ""))
-    return AwsError(status, error_type.split(":", 1)[0].rsplit("#", 1)[-1], str(message)[:2000])
+    message = str(content.get("message", content.get("Message", "")))
+    return AwsError(status, error_type.split(":", 1)[0].rsplit("#", 1)[-1], _harmless(message))
+
+
+def _harmless(message: str) -> str:
+    """What callers and logs may see of an AWS message.
+
+    On a refused signature AWS recites the canonical request, session token included: everything from there on is cut.
+    """
+    return _RECITAL.split(message, maxsplit=1)[0].strip()[:1000]

@@ -65,54 +65,43 @@ def presigned_url(
     _check("link_expires", link_expires, LINK_EXPIRES)
     _check("session_expires", session_expires, SESSION_EXPIRES)
     client = partial(sessions.sagemaker, credentials, aws, region=target.arn.region, proxy=proxy)
+    times = {"ExpiresInSeconds": link_expires, "SessionExpirationDurationInSeconds": session_expires}
     if target.arn.mode is Mode.TRACKING:
         return _call(
             "CreatePresignedMlflowTrackingServerUrl",
             target,
             aws,
             lambda: client().create_presigned_mlflow_tracking_server_url(
-                TrackingServerName=target.arn.resource,
-                ExpiresInSeconds=link_expires,
-                SessionExpirationDurationInSeconds=session_expires,
-            ),
-        )["AuthorizedUrl"]
+                TrackingServerName=target.arn.resource, **times
+            )["AuthorizedUrl"],
+        )
     return _call(
         "CreatePresignedMlflowAppUrl",
         target,
         aws,
-        lambda: client().create_presigned_mlflow_app_url(
-            Arn=target.arn.text,
-            ExpiresInSeconds=link_expires,
-            SessionExpirationDurationInSeconds=session_expires,
-        ),
-    )["AuthorizedUrl"]
+        lambda: client().create_presigned_mlflow_app_url(Arn=target.arn.text, **times)["AuthorizedUrl"],
+    )
 
 
 def describe(target: Target, credentials: Credentials, aws: Aws, proxy: str | None = None) -> ServerDescription:
     """Name, status and MLflow version of the target. Raises PresignError."""
     client = partial(sessions.sagemaker, credentials, aws, region=target.arn.region, proxy=proxy)
+
+    def server() -> ServerDescription:
+        answer = client().describe_mlflow_tracking_server(TrackingServerName=target.arn.resource)
+        status = answer["TrackingServerStatus"]
+        running = answer.get("IsActive") != "Inactive" and status not in _NOT_RUNNING
+        return ServerDescription(target.arn.resource, status, running, answer.get("MlflowVersion"))
+
+    def app() -> ServerDescription:
+        answer = client().describe_mlflow_app(Arn=target.arn.text)
+        status = answer["Status"]
+        name = answer.get("Name", target.arn.resource)
+        return ServerDescription(name, status, status not in _NOT_RUNNING, answer.get("MlflowVersion"))
+
     if target.arn.mode is Mode.TRACKING:
-        server = _call(
-            "DescribeMlflowTrackingServer",
-            target,
-            aws,
-            lambda: client().describe_mlflow_tracking_server(TrackingServerName=target.arn.resource),
-        )
-        status = server.get("TrackingServerStatus", "unknown")
-        return ServerDescription(
-            name=server.get("TrackingServerName", target.arn.resource),
-            status=status,
-            running=server.get("IsActive") != "Inactive" and status not in _NOT_RUNNING,
-            version=server.get("MlflowVersion"),
-        )
-    app = _call("DescribeMlflowApp", target, aws, lambda: client().describe_mlflow_app(Arn=target.arn.text))
-    app_status = app.get("Status", "unknown")
-    return ServerDescription(
-        name=app.get("Name", target.arn.resource),
-        status=app_status,
-        running=app_status not in _NOT_RUNNING,
-        version=app.get("MlflowVersion"),
-    )
+        return _call("DescribeMlflowTrackingServer", target, aws, server)
+    return _call("DescribeMlflowApp", target, aws, app)
 
 
 # Of both kinds (SageMaker API reference: TrackingServerStatus, MlflowAppStatus).
@@ -131,14 +120,17 @@ def _check(name: str, value: int, bounds: range) -> None:
 
 
 def _call(action: str, target: Target, aws: Aws, call: Callable[[], T]) -> T:
+    # `from None`: AWS's text on a refused signature holds the session token, and a traceback in a log would show it.
     try:
         return call()
     except ClientError as error:
-        raise _refusal(action, target, error) from error
+        raise _refusal(action, target, error) from None
     except (ReadTimeoutError, ConnectTimeoutError) as error:
-        raise PresignError(504, f"SageMaker API: {sessions.explain_connection(error)}") from error
+        raise PresignError(504, f"SageMaker API: {sessions.explain_connection(error)}") from None
     except (BotoCoreError, ResponseParserError) as error:
-        raise PresignError(502, f"SageMaker API: {sessions.explain(error, aws)}") from error
+        raise PresignError(502, f"SageMaker API: {sessions.explain(error, aws)}") from None
+    except KeyError:  # botocore takes a page of HTML for an answer without fields
+        raise PresignError(502, f"SageMaker API: {sessions.NOT_AWS}") from None
 
 
 def _refusal(action: str, target: Target, error: ClientError) -> PresignError:

@@ -37,6 +37,7 @@ _ATTEMPTS = 2
 _PROCESS_DEADLINE = 20
 EXPIRED_CODES = ("ExpiredToken", "ExpiredTokenException", "RequestExpired")
 DENIED_CODES = ("AccessDenied", "AccessDeniedException", "UnauthorizedOperation")
+NOT_AWS = "the answer was not AWS's; check the endpoint, and what stands between this machine and AWS"
 _IMDS = "http://169.254.169.254"
 _CONTAINER = "http://169.254.170.2"
 
@@ -289,7 +290,7 @@ def _explain_provider(error: BaseException, aws: Aws) -> str:
         case failures.CredentialRetrievalError():
             reason = _explain_retrieval(str(kwargs.get("provider")))
         case ResponseParserError():
-            reason = "the answer was not AWS's; check the endpoint, and what stands between this machine and AWS"
+            reason = NOT_AWS
         case OSError() if error.filename:
             reason = f"{error.filename} cannot be read ({error.strerror}); the AWS configuration names it"
         case RuntimeError() if "still expired" in str(error):

@@ -11,19 +11,11 @@ import hmac
 import re
 from functools import lru_cache
 from time import gmtime, strftime
-from typing import NamedTuple
 
 ALGORITHM = "AWS4-HMAC-SHA256"
 EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
 
 _NEEDS_ENCODING = re.compile(r"[^A-Za-z0-9._~/-]")
-
-
-class Signature(NamedTuple):
-    """What signing adds to a request: header names in lower case, with their values."""
-
-    amz_date: str
-    authorization: str
 
 
 def payload_hash(body: bytes) -> str:
@@ -36,6 +28,8 @@ def canonical_uri(path: str) -> str:
 
     `path` is normalised already (no empty or dot segments), as mlflow_proxy.transform leaves it.
     """
+    if _NEEDS_ENCODING.search(path) is None:
+        return path
     return _NEEDS_ENCODING.sub(lambda match: f"%{ord(match[0]):02X}", path)
 
 
@@ -90,19 +84,16 @@ def sign(
     query: str,
     headers: list[tuple[str, str]],
     hashed_payload: str,
-    second: int,
-) -> Signature:
-    """Sign one request at `second` (epoch). `headers` are the signed ones, in order, without x-amz-date.
+    amz_date: str,
+) -> str:
+    """The Authorization header of one request.
 
-    The caller sends exactly these headers, the given path and query, and both returned values.
+    `headers` are the signed ones in the order of their names, x-amz-date among them. The caller sends exactly these,
+    with the given path and query.
     """
-    amz_date = amz_date_of(second)
     day = amz_date[:8]
-    with_date = sorted([*headers, ("x-amz-date", amz_date)])
-    canonical, signed = canonical_request(method, path, query, with_date, hashed_payload)
+    canonical, signed = canonical_request(method, path, query, headers, hashed_payload)
     scope = f"{day}/{region}/{service}/aws4_request"
     key = signing_key(secret_key, day, region, service)
     signature = hmac.digest(key, string_to_sign(amz_date, scope, canonical).encode(), "sha256").hex()
-    return Signature(
-        amz_date, f"{ALGORITHM} Credential={access_key}/{scope}, SignedHeaders={signed}, Signature={signature}"
-    )
+    return f"{ALGORITHM} Credential={access_key}/{scope}, SignedHeaders={signed}, Signature={signature}"
