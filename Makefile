@@ -5,6 +5,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 PYTHON ?= python3
 UV_VERSION := 0.13.9
+PORT ?= 8080
 UV := .venv/bin/uv
 export UV_NO_PROGRESS ?= 1
 
@@ -14,7 +15,7 @@ help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | while IFS=$$'\t' read -r t d; do printf '  make %-8s %s\n' "$$t" "$$d"; done
 
 demo: .venv/.local ## the proxy on http://127.0.0.1:8080 before a local SageMaker MLflow; Ctrl-C ends it
-	@exec .venv/bin/mlflow-proxy demo
+	@exec .venv/bin/mlflow-proxy demo --port $(PORT)
 
 test: .venv/.dev ## set everything up and run all tests
 	@scripts/system-packages test

@@ -42,6 +42,7 @@ def _no_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setattr(module, "_LEAST_INTERVAL", 1.0)
 
 
 def setenv(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
@@ -277,20 +278,20 @@ class TestRoles:
 class TestRenewal:
     def test_expiry_in_use(self, source: CredentialSource, monkeypatch: pytest.MonkeyPatch) -> None:
         setenv(monkeypatch, **STATIC)
-        source.lifetime = 6
+        source.lifetime = 10
         target = a_target(role=ROLE)
 
         async def test(store: CredentialStore) -> None:
             seen: set[str] = set()
 
-            def three_generations() -> bool:
+            def two_generations() -> bool:
                 found = store.get(target)
                 assert found.expires_at is not None
                 assert found.expires_at > time.time()
                 seen.add(found.access_key)
-                return len(seen) == 3
+                return len(seen) == 2
 
-            await until(three_generations)
+            await until(two_generations)
 
         run(test, target, aws=Aws(sts_endpoint=source.url))
 
