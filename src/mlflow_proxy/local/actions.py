@@ -13,7 +13,7 @@ import re
 from posixpath import normpath
 from urllib.parse import unquote
 
-from .targets import Target
+from .targets import Arn, Kind
 
 ACCESS_UI = "AccessUI"
 
@@ -118,12 +118,12 @@ def _rows() -> list[tuple[str, re.Pattern[str], str]]:
 _ROWS = _rows()
 
 
-def action_of(target: Target, method: str, raw_path: str) -> tuple[str, str]:
-    """The IAM action that a request needs, and the resource it is needed on."""
-    if target.arn.kind.service == "sagemaker":
-        return "sagemaker:CallMlflowAppApi", target.arn.text
+def action_of(arn: Arn, method: str, raw_path: str) -> tuple[str, str]:
+    """The IAM action that a request to `arn` needs, and the resource it is needed on."""
+    if arn.kind is Kind.APP:
+        return "sagemaker:CallMlflowAppApi", arn.text
     action = mlflow_action(method, raw_path)
-    return f"sagemaker-mlflow:{action}", "*" if action == ACCESS_UI else target.arn.text
+    return f"sagemaker-mlflow:{action}", "*" if action == ACCESS_UI else arn.text
 
 
 def mlflow_action(method: str, raw_path: str) -> str:

@@ -19,8 +19,6 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Headers = Iterable[tuple[str, str]]
 
-BODY_LIMIT = 1 << 30
-
 
 class ClientGone(Exception):
     """The caller closed the connection before its request was whole."""
@@ -55,17 +53,14 @@ def header_text(value: bytes) -> str:
 
 
 async def read_request(scope: Scope, receive: Receive) -> Request:
-    """Collect the request; raises ClientGone, or AwsError when the body is beyond a gigabyte."""
+    """Collect the request; raises ClientGone."""
     chunks: list[bytes] = []
-    size, more = 0, True
+    more = True
     while more:
         message = await receive()
         if message["type"] == "http.disconnect":
             raise ClientGone
         chunks.append(message.get("body", b""))
-        size += len(chunks[-1])
-        if size > BODY_LIMIT:
-            raise AwsError("RequestEntityTooLargeException", "Request body too large", status=413)
         more = message.get("more_body", False)
     return Request(
         method=scope["method"],

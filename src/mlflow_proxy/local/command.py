@@ -11,6 +11,8 @@ from pathlib import Path
 from .errors import LocalError
 from .stand_in import LocalSageMaker
 
+_ENDINGS = (signal.SIGINT, signal.SIGTERM)
+
 
 def run_local(
     state_dir: Path,
@@ -22,23 +24,31 @@ def run_local(
     say: Callable[[str], None] = lambda line: print(line, flush=True),  # noqa: T201 (a command's output)
 ) -> int:
     """Start, tell how to use it, wait for SIGINT or SIGTERM, end everything. The exit code is returned."""
-    ended = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: ended.set())
-    began = time.monotonic()
+    for number in _ENDINGS:
+        signal.signal(number, _interrupt)
     sagemaker = LocalSageMaker(
         state_dir, host=host, port=port, region=region, cross_account=cross_account, progress=say
     )
     try:
+        began = time.monotonic()
         sagemaker.start()
+        say(f"Ready after {time.monotonic() - began:.1f} s.\n\n{guide(sagemaker)}\nCtrl-C ends it.")
+        threading.Event().wait()
     except LocalError as error:
         say(f"The local SageMaker did not start: {error}")
         return 1
-    say(f"Ready after {time.monotonic() - began:.1f} s.\n\n{guide(sagemaker)}\nCtrl-C ends it.")
-    ended.wait()
-    say("Ending.")
-    sagemaker.stop()
+    except KeyboardInterrupt:
+        say("Ending.")
+    finally:
+        sagemaker.stop()
     return 0
+
+
+def _interrupt(*_: object) -> None:
+    """Leave whatever is under way, once; what then ends must not be interrupted itself."""
+    for number in _ENDINGS:
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def guide(sagemaker: LocalSageMaker) -> str:

@@ -11,7 +11,6 @@ import json
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
 from .asgi import ClientGone, Receive, Request, Scope, Send, read_request, respond
@@ -23,7 +22,6 @@ from .targets import Arn, Kind, Target
 
 Body = dict[str, Any]
 _PREFIX = "SageMaker."
-_MLFLOW = version("mlflow")
 
 
 @dataclass(frozen=True)
@@ -205,7 +203,7 @@ def _server_summary(target: Target) -> Body:
         "TrackingServerName": target.arn.resource,
         "TrackingServerStatus": target.status,
         "IsActive": "Active" if target.running else "Inactive",
-        "MlflowVersion": _MLFLOW,
+        "MlflowVersion": target.mlflow_version,
         **_times(target),
     }
 
@@ -215,7 +213,7 @@ def _app_summary(target: Target) -> Body:
         "Arn": target.arn.text,
         "Name": target.name,
         "Status": target.status,
-        "MlflowVersion": _MLFLOW,
+        "MlflowVersion": target.mlflow_version,
         **_times(target),
     }
 

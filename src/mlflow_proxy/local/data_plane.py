@@ -16,7 +16,7 @@ from .identity import Principal
 from .journal import Entry
 from .relay import Relay
 from .service import Service
-from .targets import Target
+from .targets import Arn, Target
 
 
 class DataPlane:
@@ -26,15 +26,15 @@ class DataPlane:
         self._service = service
         self._relay = relay
 
-    def permit(self, request: Request, principal: Principal, target: Target, entry: Entry) -> None:
+    def permit(self, request: Request, principal: Principal, arn: Arn, entry: Entry) -> None:
         """Raise AccessDeniedException unless the principal may make this call; the journal learns both."""
-        action, resource = action_of(target, request.method, request.path)
-        entry.target, entry.action = target.name, action
-        entry.principal, entry.access_key = principal.arn, principal.access_key
-        self._service.directory.authorize(principal, action, resource, target.arn.account)
+        action, resource = action_of(arn, request.method, request.path)
+        entry.action, entry.principal, entry.access_key = action, principal.arn, principal.access_key
+        self._service.directory.authorize(principal, action, resource, arn.account)
 
     async def serve(self, request: Request, target: Target, entry: Entry, send: Send) -> None:
         """Answer a permitted request, or break as a fault wants."""
+        entry.target = target.name
         fault = self._service.faults.take("mlflow", request.method, request.path, target.name)
         entry.verdict = "allowed"
         if fault is not None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from .asgi import ClientGone, Receive, Request, Scope, Send, read_request
 from .data_plane import DataPlane, unless_gone
 from .errors import AwsError, validation_error
-from .identity import Principal
 from .journal import Entry
 from .service import Service
 from .targets import APP_HEADER, TRACKING_HEADER, Arn, Target
@@ -47,20 +46,11 @@ class Gate:
         arn = _target_arn(request)
         required = {arn.kind.header, "x-amz-content-sha256"}
         principal = self._checker.check(request, arn.kind.service, required)
+        self._plane.permit(request, principal, arn, entry)
         target = self._targets.by_arn(arn.text)
         if target is None:
-            raise self._foreign(arn, principal)
-        self._plane.permit(request, principal, target, entry)
+            raise AwsError("ResourceNotFoundException", f"Resource {arn.text} does not exist.", status=404)
         return target
-
-    @staticmethod
-    def _foreign(arn: Arn, principal: Principal) -> AwsError:
-        """AWS does not tell whether another's resource exists; of one's own it says that it does not."""
-        if arn.account != principal.account:
-            action = "sagemaker-mlflow:*" if arn.kind.service == "sagemaker-mlflow" else "sagemaker:CallMlflowAppApi"
-            message = f"User: {principal.arn} is not authorized to perform: {action} on resource: {arn.text}"
-            return AwsError("AccessDeniedException", message)
-        return AwsError("ResourceNotFoundException", f"Resource {arn.text} does not exist.", status=404)
 
 
 def _target_arn(request: Request) -> Arn:

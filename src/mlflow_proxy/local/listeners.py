@@ -41,7 +41,9 @@ class Listeners:
     def bind(self, port: int = 0, *, loopback: bool = False) -> socket.socket:
         """A port to listen on; 0 takes a free one. Raises OSError when the port is taken."""
         host = "127.0.0.1" if loopback else self._host
-        bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        # With the protocol named, asyncio sets TCP_NODELAY; without it, every answer takes 40 ms longer.
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind((host, port))
         return bound
@@ -57,7 +59,7 @@ class Listeners:
             http="httptools",
             ws="none",
             log_config=None,
-            log_level="critical",
+            log_level="error",
             access_log=False,
             proxy_headers=False,
             server_header=False,

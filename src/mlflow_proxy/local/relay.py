@@ -89,6 +89,7 @@ class Relay:
                     await _reset(send)
                 else:
                     _transport(send).close()
+                    await asyncio.sleep(0)
                 return answer.status
             room = None if room is None else room - len(piece)
             await send({"type": "http.response.body", "body": piece, "more_body": True})

@@ -75,6 +75,14 @@ class MlflowServer:
             time.sleep(0.05)
         raise LocalError(f"MLflow for {self.name} did not answer in {_START_SECONDS:g} s; see {self.log}")
 
+    def version(self) -> str:
+        """Its MLflow version, asked of the server itself."""
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=30)
+        connection.request("GET", "/version")
+        answer = connection.getresponse().read().decode()
+        connection.close()
+        return answer
+
     def stop(self) -> None:
         """End the process and its group."""
         if self._process is None:
@@ -104,6 +112,7 @@ class MlflowServer:
             **aws,
             "MLFLOW_DISABLE_TELEMETRY": "true",
             "DO_NOT_TRACK": "1",
+            "MLFLOW_MODEL_CATALOG_URI": "",  # the models that MLflow came with, without asking GitHub
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
             "_MLFLOW_SERVER_FILE_STORE": self._database,
             "_MLFLOW_SERVER_REGISTRY_STORE": self._database,

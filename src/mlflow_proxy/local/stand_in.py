@@ -208,8 +208,8 @@ class LocalSageMaker:
         for name, arn in self._wanted.items():
             root = f"s3://{self.bucket}/{name}"
             server = MlflowServer(name, self.state_dir / name, root, self._python)
-            server.start(aws)
             self._servers[name] = server
+            server.start(aws)
             self.targets.add(Target(name, arn, server.url, root))
             self._progress(f"MLflow for {name} starts (log: {server.log})")
 
@@ -234,12 +234,13 @@ class LocalSageMaker:
         listeners.serve(Admin(self._service, self.roles, self.summary), bound)
 
     def _wait_for_mlflow(self, began: float) -> None:
-        def wait(server: MlflowServer) -> None:
+        for target in self.targets:
+            server = self._servers[target.name]
             server.wait()
-            self._progress(f"MLflow for {server.name} answers after {time.monotonic() - began:.1f} s")
-
-        with ThreadPoolExecutor(len(self._servers) or 1) as pool:
-            list(pool.map(wait, self._servers.values()))
+            target.mlflow_version = server.version()
+            self._progress(
+                f"MLflow {target.mlflow_version} for {target.name} answers after {time.monotonic() - began:.1f} s"
+            )
 
     def stop(self) -> None:
         """End everything that was started; harmless when nothing was, or twice."""

@@ -64,6 +64,7 @@ class Target:
     artifact_root: str
     status: str = "Created"
     ui_origin: str = ""
+    mlflow_version: str = "0.0.0"
     created: datetime = field(default_factory=lambda: datetime.now(UTC))
     modified: datetime = field(default_factory=lambda: datetime.now(UTC))
 

@@ -49,7 +49,7 @@ class UiGate:
             return
         try:
             _check_origin(request)
-            self._plane.permit(request, principal, self._target, entry)
+            self._plane.permit(request, principal, self._target.arn, entry)
             await self._plane.serve(_without_origin(request), self._target, entry, send)
         except AwsError as error:
             await self._plane.refuse(error, entry, request, send)
