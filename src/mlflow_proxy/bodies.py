@@ -6,10 +6,11 @@ take for ever (408).
 
 from __future__ import annotations
 
-import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from mlflow_proxy.deadlines import Deadlines, Timeout
 from mlflow_proxy.errors import Refusal
 from mlflow_proxy.requests import Request
 from mlflow_proxy.settings import Server
@@ -20,6 +21,10 @@ Receive = Callable[[], Awaitable[dict[str, Any]]]
 SLOWEST_RATE = 16 * 1024
 
 
+# Chunks below this are gathered: kept singly, each would cost more memory than the bytes that the budget counts.
+SMALL_CHUNK = 4096
+
+
 class CallerGone(Exception):
     """The caller closed the connection; nobody waits for an answer."""
 
@@ -27,7 +32,8 @@ class CallerGone(Exception):
 class Bodies:
     """The request bodies that one worker holds."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, deadlines: Deadlines) -> None:
+        self._deadlines = deadlines
         self._limit = int(server.body_limit)
         self._budget = int(server.body_budget)
         self._timeout = server.body_timeout
@@ -41,12 +47,12 @@ class Bodies:
         declared = request.content_length
         if declared is not None and declared > self._limit:
             raise self._too_large()
-        chunks: list[bytes] = []
+        chunks: list[bytes | bytearray] = []
         size = 0
         reserved = self._reserve(declared or 0)
         try:
-            async with asyncio.timeout(self._timeout) as deadline:
-                started = asyncio.get_running_loop().time()
+            with Timeout(self._deadlines, self._timeout) as deadline:
+                started = time.monotonic()
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
@@ -57,10 +63,10 @@ class Bodies:
                         raise self._too_large()
                     if size > reserved:
                         reserved += self._reserve(size - reserved)
-                    chunks.append(chunk)
-                    if not message.get("more_body"):
+                    _keep(chunks, chunk)
+                    if size == declared or not message.get("more_body"):
                         break
-                    deadline.reschedule(started + self._timeout + size / SLOWEST_RATE)
+                    deadline.extend(started + self._timeout + size / SLOWEST_RATE - time.monotonic())
         except TimeoutError:
             self.held -= reserved
             raise Refusal(
@@ -70,7 +76,7 @@ class Bodies:
             self.held -= reserved
             raise
         self.held -= reserved - size
-        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        return bytes(chunks[0]) if len(chunks) == 1 else b"".join(chunks)
 
     def release(self, size: int) -> None:
         """A body of `size` bytes is no longer needed."""
@@ -91,3 +97,12 @@ class Bodies:
         return Refusal(
             413, f"The body is larger than {self._limit} bytes (server.body_limit). Send smaller batches.", close=True
         )
+
+
+def _keep(chunks: list[bytes | bytearray], chunk: bytes) -> None:
+    if chunks and len(chunk) < SMALL_CHUNK:
+        if not isinstance(chunks[-1], bytearray):
+            chunks.append(bytearray())
+        chunks[-1] += chunk
+    else:
+        chunks.append(chunk)

@@ -57,7 +57,7 @@ async def _run(settings: Settings, targets: list[Target]) -> bool:
     credentials = CredentialStore(targets, settings.aws, proxy=settings.upstream.proxy)
     await credentials.start()
     deadlines = Deadlines(asyncio.get_running_loop())
-    forwarder = Forwarder(settings, targets, credentials, Bodies(settings.server), deadlines)
+    forwarder = Forwarder(settings, targets, credentials, Bodies(settings.server, deadlines), deadlines)
     failed = False
     try:
         for target in targets:

@@ -74,6 +74,7 @@ class Forwarder:
         self._upstream = settings.upstream
         self._credentials = credentials
         self._bodies = bodies
+        self._deadlines = deadlines
         self._lines = {t.name: Line(t, Pool(t, settings.upstream, deadlines), Signer(t)) for t in targets}
         self.routes = Routes(targets)
         self.last_success: dict[str, float] = {}
@@ -94,6 +95,7 @@ class Forwarder:
         line = self._lines[route.target.name]
         answer = await self._answered(line, request, route.path, body, record)
         if answer.error is not None:
+            self.last_success.pop(line.target.name, None)
             raise answer.error.refusal()
         headers = downstream_headers(answer.headers, route.target.endpoint, route.prefix)
         headers.append((b"x-request-id", record.request_id.encode("ascii")))
@@ -108,6 +110,7 @@ class Forwarder:
                 answer.body,
                 send,
                 headers,
+                deadlines=self._deadlines,
                 between=self._upstream.idle_timeout,
                 sent=record.add_bytes_out,
             )
@@ -157,6 +160,7 @@ class Forwarder:
                 pause = retries.delay(attempt + 1)
                 in_time = attempt < self._upstream.retries and time.monotonic() + pause < give_up
                 if not (in_time and retries.may_repeat(error, request.method)):
+                    self.last_success.pop(line.target.name, None)  # so that readiness looks for itself
                     raise _refusal(line.target, error) from error
             else:
                 if answer.error is None:

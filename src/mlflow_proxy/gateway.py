@@ -21,9 +21,9 @@ from mlflow_proxy.errors import Refusal
 from mlflow_proxy.forwarder import Forwarder
 from mlflow_proxy.http1 import UpstreamError
 from mlflow_proxy.relay import Send
-from mlflow_proxy.requests import Request, RequestReader, Scope, request_id_of
+from mlflow_proxy.requests import Request, RequestIds, RequestReader, Scope
 from mlflow_proxy.routing import OWN_PREFIX
-from mlflow_proxy.settings import Settings
+from mlflow_proxy.settings import Settings, SettingsError
 from mlflow_proxy.telemetry.record import Record, RequestLog
 from mlflow_proxy.watch import CallerWatch
 
@@ -40,8 +40,8 @@ class Gateway:
 
     def __init__(self, config: Settings) -> None:
         self._settings = config
+        self._ids = RequestIds()
         self._reader = RequestReader(config.server)
-        self._bodies = Bodies(config.server)
         as_json = config.log.format == "json" or (config.log.format == "auto" and not sys.stdout.isatty())
         self._log = RequestLog(as_json=as_json) if config.log.requests else None
 
@@ -53,7 +53,7 @@ class Gateway:
         if scope["raw_path"] == _HEALTH_PATH:
             await _answer_health(send)
             return
-        record = Record(scope["method"], request_id_of(scope))
+        record = Record(scope["method"], self._ids.of(scope))
         watch = CallerWatch(receive, self._deadlines)
         answered = _Started(send)
         try:
@@ -66,6 +66,7 @@ class Gateway:
         except Refusal as refusal:
             await _refuse(answered, refusal, record)
         except CallerGone:
+            await _refuse(answered, _body_broke_off(), record)  # reaches a caller that is there but framed it wrongly
             record.status = _CALLER_GONE
         except asyncio.CancelledError:
             if not watch.gone:
@@ -135,6 +136,7 @@ class Gateway:
 
         targets = self._settings.build_targets()
         self._deadlines = Deadlines(asyncio.get_running_loop())
+        self._bodies = Bodies(self._settings.server, self._deadlines)
         self._credentials = CredentialStore(targets, self._settings.aws, proxy=self._settings.upstream.proxy)
         await self._credentials.start()
         self._forwarder = Forwarder(self._settings, targets, self._credentials, self._bodies, self._deadlines)
@@ -162,6 +164,10 @@ class _Started:
         return self._send(message)
 
 
+def _body_broke_off() -> Refusal:
+    return Refusal(400, "The body ended before it was whole, or its chunked coding is not valid.", close=True)
+
+
 async def _refuse(send: _Started, refusal: Refusal, record: Record) -> None:
     record.error = refusal.detail or refusal.message
     if send.begun:
@@ -183,10 +189,22 @@ async def _answer_health(send: Send) -> None:
     await send({"type": "http.response.body", "body": _HEALTH})
 
 
-def create_app() -> Gateway:
-    """The application of one worker process, configured as the parent process was."""
+def create_app(last_good: Settings | None = None) -> Gateway:
+    """The application of one worker process, by the configuration as it stands now.
+
+    A configuration that has mistakes meanwhile must not end the service when a worker is replaced: then `last_good`
+    is taken, and the mistakes are logged.
+    """
     path = os.environ.get(settings.CONFIG_VARIABLE)
-    config = settings.load(Path(path) if path else None)
+    mistakes: list[str] = []
+    try:
+        config = settings.load(Path(path) if path else None)
+    except SettingsError as error:
+        if last_good is None:
+            raise
+        config, mistakes = last_good, error.problems
     logging.basicConfig(level=config.log.level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logger.debug("mlflow-proxy %s starts", __version__)
+    for mistake in mistakes:
+        logger.error("the configuration has a mistake, so the one from start-up stays in force: %s", mistake)
     return Gateway(config)

@@ -6,11 +6,12 @@ origin: a cookie of the upstream would be everybody's, since all callers share o
 
 from __future__ import annotations
 
-import asyncio
 import re
 from collections.abc import Awaitable, Callable
+from functools import lru_cache
 from typing import Any
 
+from mlflow_proxy.deadlines import Deadlines, Timeout
 from mlflow_proxy.http1 import Connection
 from mlflow_proxy.targets import Endpoint
 
@@ -44,6 +45,9 @@ DROPPED_HEADERS = frozenset(
     }
 )
 _AWS_PREFIXES = (b"x-amz-", b"x-amzn-")
+# What Connection most often holds, which names no header of the answer.
+_NO_NAMES = frozenset({b"keep-alive", b"close"})
+_LOCATIONS = frozenset({b"location", b"content-location"})
 _UPSTREAM_IDS = (b"x-amzn-requestid", b"x-amz-request-id")
 _ABSOLUTE = re.compile(r"(?:(https?):)?//([^/?#]*)([^#]*(?:#.*)?)", re.IGNORECASE | re.DOTALL)
 
@@ -51,19 +55,25 @@ _ABSOLUTE = re.compile(r"(?:(https?):)?//([^/?#]*)([^#]*(?:#.*)?)", re.IGNORECAS
 def downstream_headers(headers: Headers, endpoint: Endpoint, prefix: str) -> Headers:
     """The headers of an answer that the caller gets: names in lower case, order and duplicates kept."""
     kept: Headers = []
-    named: set[bytes] | None = None
+    named: set[bytes] = set()
     for name, value in headers:
-        lowered = name.lower()
-        if lowered == b"connection":
-            named = (named or set()) | {token.strip().lower() for token in value.split(b",")}
-        if lowered in DROPPED_HEADERS or lowered.startswith(_AWS_PREFIXES):
-            continue
-        if lowered in (b"location", b"content-location"):
-            value = rewrite_location(value.decode("latin-1"), endpoint, prefix).encode("latin-1")  # noqa: PLW2901
-        kept.append((lowered, value))
-    if named:
+        lowered, passes = _judge(name)
+        if passes:
+            if lowered in _LOCATIONS:
+                value = rewrite_location(value.decode("latin-1"), endpoint, prefix).encode("latin-1")  # noqa: PLW2901
+            kept.append((lowered, value))
+        elif lowered == b"connection":
+            named.update(token.strip().lower() for token in value.split(b","))
+    if named and not named <= _NO_NAMES:
         kept = [pair for pair in kept if pair[0] not in named]
     return kept
+
+
+@lru_cache(maxsize=512)
+def _judge(name: bytes) -> tuple[bytes, bool]:
+    """A header's name in lower case, and whether it goes to the caller."""
+    lowered = name.lower()
+    return lowered, lowered not in DROPPED_HEADERS and not lowered.startswith(_AWS_PREFIXES)
 
 
 def rewrite_location(location: str, endpoint: Endpoint, prefix: str) -> str:
@@ -76,7 +86,8 @@ def rewrite_location(location: str, endpoint: Endpoint, prefix: str) -> str:
         scheme, authority, rest = match.groups()
         if authority.lower() not in _authorities(endpoint, scheme):
             return location
-        location = rest if rest.startswith("/") else f"/{rest}"
+        # One slash, lest what follows be read as another host's name.
+        location = "/" + rest.lstrip("/\\")
     if not location.startswith("/") or location.startswith("//"):
         return location
     return prefix + location
@@ -107,7 +118,14 @@ async def send_whole(send: Send, status: int, headers: Headers, body: bytes) -> 
 
 
 async def relay(
-    connection: Connection, begun: bytes, send: Send, headers: Headers, *, between: float, sent: Callable[[int], None]
+    connection: Connection,
+    begun: bytes,
+    send: Send,
+    headers: Headers,
+    *,
+    deadlines: Deadlines,
+    between: float,
+    sent: Callable[[int], None],
 ) -> None:
     """Send the answer whose head is on `connection`; `begun` is what was read of its body already.
 
@@ -123,7 +141,7 @@ async def relay(
         data = await connection.read(between) or b""
     while not connection.drained:
         sent(len(data))
-        async with asyncio.timeout(between):
+        with Timeout(deadlines, between):
             await send({"type": "http.response.body", "body": data, "more_body": True})
         data = await connection.read(between) or b""
     sent(len(data))

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 from mlflow_proxy.errors import Refusal
 from mlflow_proxy.settings import LOOPBACK_HOSTS, Network, Server
+from mlflow_proxy.targets import parse_endpoint
 from mlflow_proxy.transform import canonical_path, canonical_query
 
 Scope = dict[str, Any]
@@ -61,13 +62,13 @@ SINGLE_HEADERS = frozenset(
         b"x-mlflow-workspace",
     }
 )
-_NOTED_HEADERS = frozenset({b"host", b"content-length", b"transfer-encoding", b"connection", b"x-request-id"})
+_NOTED_HEADERS = frozenset(
+    {b"host", b"content-length", b"transfer-encoding", b"connection", b"origin", b"sec-fetch-site"}
+)
+_SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 _METHOD = re.compile(r"[A-Z]{1,32}")
 _REFUSED_METHODS = frozenset({"CONNECT", "TRACE", "TRACK"})
 _HOST = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::\d{1,5})?")
-# Unique, not secret: a random start for each worker, then counted.
-_ID_PREFIX = secrets.token_hex(6)
-_ID_COUNTER = itertools.count(secrets.randbelow(1 << 24))
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{8,128}")
 
 
@@ -86,12 +87,19 @@ class Request(NamedTuple):
     host: str
 
 
-def request_id_of(scope: Scope) -> str:
-    """The caller's X-Request-Id if it is a sane one, else a new one; it is in the answer and in the log."""
-    for name, value in scope["headers"]:
-        if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
-            return str(value, "ascii")
-    return f"{_ID_PREFIX}{next(_ID_COUNTER):08x}"
+class RequestIds:
+    """Ids of requests: unique, not secret. Made in each worker, whose ids begin at random and are then counted."""
+
+    def __init__(self) -> None:
+        self._prefix = secrets.token_hex(6)
+        self._counter = itertools.count(secrets.randbelow(1 << 24))
+
+    def of(self, scope: Scope) -> str:
+        """The caller's X-Request-Id if it is a sane one, else a new one; it is in the answer and in the log."""
+        for name, value in scope["headers"]:
+            if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
+                return str(value, "ascii")
+        return f"{self._prefix}{next(self._counter):08x}"
 
 
 class RequestReader:
@@ -103,6 +111,7 @@ class RequestReader:
         self._url_limit = int(server.url_limit)
         self._hosts = AllowedHosts(server)
         self._trusted = server.trusted_proxies
+        self._public_origin = parse_endpoint(server.public_url).url.lower().encode() if server.public_url else b""
 
     def read(self, scope: Scope) -> Request:
         """Check and reduce one request. Raises Refusal for all that is not plainly a good one."""
@@ -114,6 +123,8 @@ class RequestReader:
             raise Refusal(501, f"The method {method[:32]!r} is not one that MLflow has.", close=True)
         passed, noted = self._sort_headers(scope["headers"])
         host = self._host(noted)
+        if method not in _SAFE_METHODS and (b"origin" in noted or b"sec-fetch-site" in noted):
+            self._refuse_other_sites(noted)
         length = _content_length(noted)
         client, scheme = self._client(scope)
         return Request(
@@ -159,6 +170,27 @@ class RequestReader:
         if len(values) != 1 or not values[0]:
             raise Refusal(400, "A request has exactly one Host header.", close=True)
         return self._hosts.check(values[0])
+
+    def _refuse_other_sites(self, noted: dict[bytes, list[bytes]]) -> None:
+        """A page of another site must not change anything through a browser that can reach the proxy.
+
+        Fetch metadata decides where the browser sends it, else Origin, which must be the proxy's own (OWASP's
+        cross-site request forgery cheat sheet). Callers that are no browsers send neither.
+        """
+        sites = noted.get(b"sec-fetch-site")
+        if sites is not None:
+            own = all(site in (b"same-origin", b"none") for site in sites)
+        else:
+            own = all(origin.lower() in self._own_origins(noted[b"host"][0]) for origin in noted[b"origin"])
+        if not own:
+            raise Refusal(
+                403, "A page of another site sent this request. Open the proxy's own address instead.", close=True
+            )
+
+    def _own_origins(self, host: bytes) -> tuple[bytes, ...]:
+        lowered = host.lower()
+        own = (b"http://" + lowered, b"https://" + lowered)
+        return (*own, self._public_origin) if self._public_origin else own
 
     def _client(self, scope: Scope) -> tuple[str, str]:
         peer = scope["client"][0] if scope.get("client") else ""

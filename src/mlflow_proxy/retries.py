@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import random
 
-from mlflow_proxy.http1 import Disconnected, UpstreamError
-from mlflow_proxy.upstream import NotConnected
+from mlflow_proxy.http1 import Disconnected, NotSent, UpstreamError
 
 _IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "PUT", "DELETE"})
 _FIRST_DELAY = 0.1
@@ -18,7 +17,7 @@ _LONGEST_DELAY = 2.0
 
 def may_repeat(error: UpstreamError, method: str) -> bool:
     """Whether a failed exchange may be tried again."""
-    if isinstance(error, NotConnected):
+    if isinstance(error, NotSent):
         return True
     return isinstance(error, Disconnected) and not error.begun and method in _IDEMPOTENT
 

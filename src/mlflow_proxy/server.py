@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+from functools import partial
 from pathlib import Path
 
 from granian import Granian
@@ -25,9 +27,9 @@ def serve(settings: Settings, config: Path | None) -> None:
     if config is not None:
         os.environ[CONFIG_VARIABLE] = str(config.resolve())
     server = settings.server
+    _refuse_taken_address(server.host, server.port)
     granian = Granian(
-        "mlflow_proxy.gateway:create_app",
-        factory=True,
+        "mlflow_proxy.gateway",
         address=server.host,
         port=server.port,
         interface=Interfaces.ASGI,
@@ -50,4 +52,16 @@ def serve(settings: Settings, config: Path | None) -> None:
         respawn_interval=1.0,
         workers_kill_timeout=int(server.drain_timeout),
     )
-    granian.serve()
+    granian.serve(target_loader=partial(gateway.create_app, settings), wrap_loader=False)
+
+
+def _refuse_taken_address(host: str, port: int) -> None:
+    """Exit with the reason if somebody listens there already.
+
+    Granian shares its port with whoever else asks to (SO_REUSEPORT): a proxy started twice would run twice, each taking
+    some of the requests.
+    """
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        raise SystemExit(f"Error: cannot listen on {host}:{port} (server.host, server.port): {error}") from None

@@ -13,7 +13,7 @@ import re
 import ssl
 import tomllib
 from collections.abc import Iterator, Mapping
-from ipaddress import IPv4Network, IPv6Network
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -21,6 +21,7 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, fi
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings.sources.utils import parse_env_vars
 
 from mlflow_proxy.targets import TARGET_NAME, Target, TargetError, default_endpoint, parse_arn, parse_endpoint
 
@@ -103,6 +104,16 @@ class Server(Section):
         30.0, description="/-/ready calls the target again when its last signed answer is older, in seconds."
     )
 
+    @field_validator("trusted_proxies", mode="before")
+    @classmethod
+    def _networks(cls, value: Any) -> Any:
+        for item in value if isinstance(value, list) else ():
+            try:
+                ip_network(item)
+            except ValueError:
+                raise ValueError(f"{item!r} is not a network; write one like 10.0.0.0/8 or 192.0.2.7") from None
+        return value
+
 
 class Upstream(Section):
     """How requests travel from the proxy to SageMaker."""
@@ -182,7 +193,7 @@ class TargetSettings(Section):
     external_id: str | None = Field(None, description="External ID for that role's trust policy.")
     session_name: str = Field(
         "sagemaker-mlflow-proxy",
-        pattern=r"^[\w+=,.@-]{2,64}$",
+        pattern=r"^[A-Za-z0-9_+=,.@-]{2,64}$",
         description="Role session name, seen in CloudTrail.",
     )
     endpoint: str | None = Field(
@@ -216,7 +227,9 @@ class TargetSettings(Section):
     @field_validator("assume_role_arn")
     @classmethod
     def _role(cls, value: str | None) -> str | None:
-        if value is not None and not re.fullmatch(r"arn:aws(-us-gov)?:iam::\d{12}:role/[\w+=,.@/-]{1,512}", value):
+        if value is not None and not re.fullmatch(
+            r"arn:aws(-us-gov)?:iam::[0-9]{12}:role/[A-Za-z0-9_+=,.@/-]{1,512}", value
+        ):
             raise ValueError("is not a role's ARN; write arn:aws:iam::<account>:role/<name>")
         return value
 
@@ -271,12 +284,12 @@ class Settings(BaseSettings):
         cls,
         settings_cls: type[BaseSettings],  # noqa: ARG003  (names are pydantic-settings')
         init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,  # noqa: ARG003
         dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Environment over file; neither .env files nor secret folders."""
-        return env_settings, init_settings
+        """What `load` merged, and nothing else: neither .env files nor secret folders."""
+        return (init_settings,)
 
     def build_targets(self) -> tuple[Target, ...]:
         """All targets; at most one is the default."""
@@ -296,6 +309,9 @@ def load(path: Path | None = None, environ: Mapping[str, str] | None = None) -> 
     """
     environ = os.environ if environ is None else environ
     problems = list(_unknown_variables(environ))
+    broken = dict(_broken_json(environ))
+    problems += broken.values()
+    environ = {name: value for name, value in environ.items() if name not in broken}
     data: dict[str, Any] = {}
     if path is not None:
         try:
@@ -305,37 +321,53 @@ def load(path: Path | None = None, environ: Mapping[str, str] | None = None) -> 
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise SettingsError([f"{path}: is not valid TOML: {error}"]) from None
     settings: Settings | None = None
+    merged = _merged(data, _environment(environ))
     try:
-        settings = _settings_of(data, environ)
+        settings = Settings(**merged)
     except ValidationError as error:
         problems += [_explain(detail) for detail in error.errors()]
-        data.setdefault("targets", _json_or_none(environ.get(f"{ENV_PREFIX}TARGETS", "null")))
-    except ValueError as error:  # a variable that should be JSON and is not
-        problems.append(f"environment: {error}; lists and tables are written as JSON")
-    merged = data if settings is None else settings.model_dump(mode="python")
-    problems += _cross_checks(merged)
+    problems += _cross_checks(merged if settings is None else settings.model_dump(mode="python"))
     if problems or settings is None:
         raise SettingsError(list(dict.fromkeys(problems)))
     return settings
 
 
-def _settings_of(data: dict[str, Any], environ: Mapping[str, str]) -> Settings:
+def _environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    """What the variables set, in the shape of the file."""
+
     class Source(EnvSettingsSource):
         def _load_env_vars(self) -> Mapping[str, str | None]:
-            return {
-                name.lower(): value
+            ours = {
+                name: value
                 for name, value in environ.items()
                 if name.startswith(ENV_PREFIX) and name != CONFIG_VARIABLE
             }
+            return parse_env_vars(ours, parse_none_str=self.env_parse_none_str)
 
-    class FromEnvironment(Settings):
-        @classmethod
-        def settings_customise_sources(  # type: ignore[override]  # called by name
-            cls, settings_cls: type[BaseSettings], **sources: PydanticBaseSettingsSource
-        ) -> tuple[PydanticBaseSettingsSource, ...]:
-            return Source(settings_cls), sources["init_settings"]
+    return Source(Settings)()
 
-    return FromEnvironment(**data)
+
+def _merged(file: dict[str, Any], environment: dict[str, Any]) -> dict[str, Any]:
+    """Environment over file, option by option."""
+    merged = dict(file)
+    for name, value in environment.items():
+        below = merged.get(name)
+        merged[name] = {**below, **value} if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _broken_json(environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Variables that should hold a list or a table, and don't."""
+    shapes: dict[str, tuple[type, str]] = {
+        f"{ENV_PREFIX}{section}".upper(): (dict, '{"option": "value"}') for section, _ in _sections()
+    }
+    for option in options():
+        if option.variable and option.type == "list of texts":
+            shapes[option.variable] = (list, '["first", "second"]')
+    shapes[f"{ENV_PREFIX}TARGETS"] = (list, '[{"name": "…", "arn": "…"}]')
+    for name, (shape, example) in shapes.items():
+        if name in environ and not isinstance(_json_or_none(environ[name]), shape):
+            yield name, f"environment variable {name}: is not the JSON it should be; write it like {example}"
 
 
 class Option(BaseModel):
@@ -432,7 +464,7 @@ def _unknown_variables(environ: Mapping[str, str]) -> Iterator[str]:
     }
     for name in sorted(environ):
         if name.startswith(ENV_PREFIX) and name not in known:
-            yield f"environment variable {name}: no such option{_suggestion(name, known)}"
+            yield f"environment variable {name}: no such option{_suggestion(name, known, ENV_PREFIX)}"
 
 
 def _explain(detail: ErrorDetails) -> str:
@@ -443,7 +475,8 @@ def _explain(detail: ErrorDetails) -> str:
         return f"{where}: is required"
     message = detail["msg"].removeprefix("Value error, ")
     shown = detail["input"]
-    value = f" {shown!r}" if isinstance(shown, str | int | float | bool) and "secret" not in where else ""
+    is_option = len(detail["loc"]) > 1 and where != "upstream.proxy"
+    value = f" {_without_password(repr(shown))}" if is_option and isinstance(shown, str | int | float | bool) else ""
     return f"{where}:{value} {message[:1].lower()}{message[1:]}"
 
 
@@ -461,21 +494,25 @@ def _neighbours(location: tuple[int | str, ...]) -> set[str]:
     return set(section.model_fields) if section else set(sections)
 
 
-def _suggestion(name: str, known: set[Any]) -> str:
-    close = difflib.get_close_matches(name, sorted(known), n=1)
-    return f"; did you mean {close[0]}?" if close else "; see docs/configuration.md for all of them"
+def _suggestion(name: str, known: set[Any], prefix: str = "") -> str:
+    """The known name that was probably meant; the `prefix` that all have makes none of them more alike."""
+    close = difflib.get_close_matches(
+        name.removeprefix(prefix), [one.removeprefix(prefix) for one in sorted(known)], n=1
+    )
+    return f"; did you mean {prefix}{close[0]}?" if close else "; see docs/configuration.md for all of them"
 
 
 def _cross_checks(data: dict[str, Any]) -> Iterator[str]:
     """What no single option shows. Works on unvalidated data too, so that these mistakes are listed with the others."""
-    targets = [target for target in data.get("targets") or [] if isinstance(target, dict)]
+    listed = data.get("targets")
+    targets = [target for target in listed if isinstance(target, dict)] if isinstance(listed, list) else []
     if not targets:
         yield "targets: none is configured; add a [[targets]] table with name and arn"
     defaults = [str(target.get("name")) for target in targets if target.get("default") is True]
     if len(defaults) > 1:
         yield f"targets: {' and '.join(defaults)} are both default = true; keep one"
-    names = [target.get("name") for target in targets]
-    for name in sorted({str(name) for name in names if names.count(name) > 1}):
+    names = [target["name"] for target in targets if isinstance(target.get("name"), str)]
+    for name in sorted({name for name in names if names.count(name) > 1}):
         yield f"targets: the name {name!r} is used twice; each target needs its own"
     for index, target in enumerate(targets, 1):
         if target.get("external_id") and not target.get("assume_role_arn"):
@@ -512,15 +549,21 @@ def _url_problems(data: dict[str, Any]) -> Iterator[str]:
             try:
                 parse_endpoint(value)
             except TargetError as error:
-                yield f"{section}.{name}: {value!r} {error}"
+                yield f"{section}.{name}: {_without_password(repr(value))} {error}"
     proxy = _table(data, "upstream").get("proxy")
     if isinstance(proxy, str) and not re.fullmatch(r"http://([^/@\s]+@)?[^/@\s]+:\d+/?", proxy):
         yield "upstream.proxy: is not a proxy's URL; write http://host:port or http://user:password@host:port"
 
 
+def _without_password(text: str) -> str:
+    return re.sub(r"//[^/\s]*@", "//…@", text)
+
+
 def _tls_problems(certificate: Any, key: Any) -> Iterator[str]:
     if not certificate and not key:
         return
+    if not all(isinstance(path, str | Path | None) for path in (certificate, key)):
+        return  # listed already: not a file's name
     if not certificate or not key:
         missing = "tls_key" if certificate else "tls_certificate"
         yield f"server.{missing}: is missing; TLS needs both tls_certificate and tls_key"

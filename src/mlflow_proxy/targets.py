@@ -33,7 +33,7 @@ ARN_HEADERS = tuple(mode.arn_header for mode in Mode)
 TARGET_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9])?")
 
 _RESOURCE = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_-]{0,254}[A-Za-z0-9])?")
-_REGION = re.compile(r"[a-z]{2}(?:-[a-z]+)+-\d{1,2}")
+_REGION = re.compile(r"[a-z]{2}(?:-[a-z]+)+-[0-9]{1,2}")
 _EXAMPLE = "arn:aws:sagemaker:<region>:<account>:mlflow-tracking-server/<name> or …:mlflow-app/<id>"
 
 
@@ -101,7 +101,7 @@ def parse_arn(text: str) -> Arn:
         raise TargetError(f"has region {region!r}; write one like us-east-1")
     if (partition == "aws-us-gov") != region.startswith("us-gov-"):
         raise TargetError(f"names region {region!r}, which is not in partition {partition!r}")
-    if not re.fullmatch(r"\d{12}", account):
+    if not re.fullmatch(r"[0-9]{12}", account):
         raise TargetError(f"has account {account!r}; an AWS account has 12 digits")
     kind, _, name = resource.partition("/")
     for mode in Mode:

@@ -22,8 +22,12 @@ _ESCAPE_OR_OTHER = re.compile(rb"%([0-9A-Fa-f]{2})|[^A-Za-z0-9._~!$&'()*+,;=:@/-
 _UNRESERVED = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~")
 
 # MLflow's routes with a path parameter: only there does an encoded slash have a meaning (the same as a plain one).
+# Its client and UI send one in the names of MCP servers, such as io.github.someone/weather.
 _ENCODED_SLASH_ROUTES = re.compile(
-    r"(?:/t/[^/]+)?/(?:ajax-)?api/2\.0/mlflow-artifacts/(?:artifacts|presigned|mpu/(?:create|complete|abort))/"
+    r"(?:/t/[^/%]+)?(?:"
+    r"/(?:ajax-)?api/2\.0/mlflow-artifacts/(?:artifacts|presigned|mpu/(?:create|complete|abort))/"
+    r"|/(?:ajax-)?api/3\.0/mlflow/mcp-servers/"
+    r"|/gateway/proxy/(?:(?!%2F)[^/])+/)"
 )
 
 

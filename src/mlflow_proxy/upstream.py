@@ -12,14 +12,14 @@ import ssl
 from collections import deque
 
 from mlflow_proxy.deadlines import Deadlines
-from mlflow_proxy.http1 import Connection, UpstreamError
+from mlflow_proxy.http1 import Connection, NotSent, UpstreamError
 from mlflow_proxy.settings import Upstream as UpstreamSettings
 from mlflow_proxy.targets import Target
 from mlflow_proxy.tunnel import open_tunnel
 
 
-class NotConnected(UpstreamError):
-    """No connection was made, so nothing was sent: the request may be repeated whatever its method."""
+class NotConnected(NotSent):
+    """No connection was made."""
 
 
 class Busy(UpstreamError):
@@ -31,6 +31,7 @@ class Pool:
 
     def __init__(self, target: Target, settings: UpstreamSettings, deadlines: Deadlines) -> None:
         self._deadlines = deadlines
+        self._loop = asyncio.get_running_loop()
         self._endpoint = target.endpoint
         self._settings = settings
         self._tls = tls_context(target.ca_bundle) if target.endpoint.scheme == "https" else None
@@ -78,7 +79,7 @@ class Pool:
         if self._waiting:
             self._hand_over(connection)
             return
-        connection.idle_since = asyncio.get_running_loop().time()
+        connection.idle_since = self._loop.time()
         self._idle.append(connection)
         if self._sweeper is None:
             self._schedule_sweep(self._settings.keep_alive)
@@ -112,7 +113,7 @@ class Pool:
             raise Busy(
                 f"all {self._settings.connections} connections are in use and {len(self._waiting)} requests wait"
             )
-        turn: asyncio.Future[Connection | None] = asyncio.get_running_loop().create_future()
+        turn: asyncio.Future[Connection | None] = self._loop.create_future()
         self._waiting.append(turn)
         try:
             async with asyncio.timeout(self._settings.connect_timeout):
@@ -160,7 +161,7 @@ class Pool:
         self._hand_over(None)
 
     async def _dial(self) -> Connection:
-        loop = asyncio.get_running_loop()
+        loop = self._loop
         host, port = self._endpoint.host, self._endpoint.port
         if self._settings.proxy is not None:
             return await open_tunnel(self._settings.proxy, host, port, self._tls, Connection(loop, self._deadlines))
@@ -174,12 +175,12 @@ class Pool:
         return connection
 
     def _schedule_sweep(self, delay: float) -> None:
-        self._sweeper = asyncio.get_running_loop().call_later(delay, self._sweep)
+        self._sweeper = self._loop.call_later(delay, self._sweep)
 
     def _sweep(self) -> None:
         """Close connections unused for a while, before the upstream does it in the middle of a request."""
         self._sweeper = None
-        oldest = asyncio.get_running_loop().time() - self._settings.keep_alive
+        oldest = self._loop.time() - self._settings.keep_alive
         while self._idle and (self._idle[0].idle_since <= oldest or not self._idle[0].reusable):
             self._discard(self._idle.popleft())
         if self._idle:

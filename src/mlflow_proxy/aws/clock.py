@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from datetime import UTC
 from email.utils import parsedate_to_datetime
 
 SKEW_ERRORS = ("RequestTimeTooSkewed", "InvalidSignatureException")
@@ -31,7 +32,9 @@ class ServiceClock:
         if not date_header:
             return None
         try:
-            return parsedate_to_datetime(date_header).timestamp() - self._now()
+            date = parsedate_to_datetime(date_header)
+            # RFC 9110 section 5.6.7: an HTTP date is in GMT, also where it does not say so (asctime's format).
+            return (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp() - self._now()
         except (TypeError, ValueError, OverflowError):
             return None
 
@@ -53,6 +56,6 @@ class ServiceClock:
         if ahead is None or abs(ahead - (self.offset if signed_at is None else signed_at)) < _LEAST_SKEW:
             return False
         if abs(ahead - self.offset) >= _LEAST_SKEW:
-            logger.warning("clock corrected by %.0f s after the service's Date; check this machine's time", ahead)
+            logger.warning("the service's clock is %.0f s ahead, by its Date; check this machine's time", ahead + 0.0)
             self.offset = ahead
         return True

@@ -50,7 +50,7 @@ class AwsError(NamedTuple):
 
     def refusal(self) -> Refusal:
         """The same in MLflow's shape, with advice, for a caller that knows nothing of AWS."""
-        words = f"SageMaker MLflow answered {self.type}: {self.message or 'no message'}"
+        words = f"SageMaker MLflow answered {self.type}: {self.message.rstrip('.') or 'no message'}."
         advice = _ADVICE.get(self.type)
         if self.throttled:
             return Refusal(429, f"{words} {_ADVICE['ThrottlingException']}", retry_after=1)
@@ -65,14 +65,14 @@ def aws_error(status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> A
             error_type = value.decode("latin-1")
     try:
         content = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
         content = {}
-    error_type = error_type or str(content.get("__type", ""))
+    error_type = error_type or str(content.get("__type") or "")
     if not error_type or "error_code" in content:
         return AwsError(status, "TooManyRequestsException", "") if status == 429 and not content else None
-    message = str(content.get("message", content.get("Message", "")))
+    message = str(content.get("message") or content.get("Message") or "")
     return AwsError(status, error_type.split(":", 1)[0].rsplit("#", 1)[-1], _harmless(message))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from typing import TYPE_CHECKING
 
-from flask import Blueprint, Response, jsonify, render_template
+from flask import Blueprint, Response, jsonify, render_template, request
 
 from mlflow_proxy import __version__
 
@@ -21,7 +21,15 @@ def blueprint(portal: Portal) -> Blueprint:
     def overview() -> str:
         """What this proxy serves, for people: every target with its state and the ways into its UI."""
         ready, report = portal.in_loop(portal.readiness.report())
-        return render_template("overview.html", ready=ready, targets=report["targets"], version=__version__)
+        targets = report["targets"]
+        return render_template(
+            "overview.html",
+            ready=ready,
+            targets=targets,
+            default=next((name for name in targets if portal.routes.by_name(name).default), None),
+            address=(portal.settings.server.public_url or request.host_url).rstrip("/"),
+            version=__version__,
+        )
 
     @pages.get("/ready")
     def ready() -> tuple[Response, int]:

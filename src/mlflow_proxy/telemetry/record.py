@@ -7,14 +7,19 @@ slow for too long, lines are dropped and their number is written instead.
 from __future__ import annotations
 
 import json
+import re
 import sys
 import threading
 import time
+from collections import deque
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import TextIO
 
 _MOST_WAITING = 20_000
 _INTERVAL = 0.1
+# What would end a line or steer a terminal, and what cannot be encoded.
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _TEXT = "{time} {method} {path} {status} {duration_ms:.1f} ms  {target} {request_id}"
 
 
@@ -56,6 +61,25 @@ class Record:
         """Count a chunk of the answer."""
         self.bytes_out += size
 
+    def json_line(self) -> str:
+        """What `json.dumps(self.fields())` gives, several times faster: nearly all fields need no escaping.
+
+        Paths are canonical and request ids judged; what the upstream or an error says may hold anything.
+        """
+        now = time.time()
+        second = int(now)
+        ids = self.upstream_request_id
+        return (
+            f'{{"time": "{_second_text(second)}.{int((now - second) * 1000):03d}Z", "request_id": "{self.request_id}", '
+            f'"client": {_quoted(self.caller_address)}, "target": "{self.target}", "method": {_quoted(self.method)}, '
+            f'"path": "{self.path}", "status": {self.status}, '
+            f'"bytes_in": {self.bytes_in}, "bytes_out": {self.bytes_out}, '
+            f'"duration_ms": {round((time.perf_counter() - self.started) * 1000, 2)}, '
+            f'"upstream_ms": {round(self.upstream_seconds * 1000, 2)}, '
+            f'"upstream_request_id": {_quoted(ids) if ids else _EMPTY}, "retries": {self.retries}'
+            f"{f', {_ERROR}: {json.dumps(self.error)}' if self.error else ''}}}"
+        )
+
     def fields(self) -> dict[str, str | int | float]:
         """The line's fields, in their documented order."""
         fields: dict[str, str | int | float] = {
@@ -78,13 +102,27 @@ class Record:
         return fields
 
 
+_EMPTY = '""'
+_ERROR = '"error"'
+
+
+@lru_cache(maxsize=4)
+def _second_text(second: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+
+
+@lru_cache(maxsize=256)
+def _quoted(text: str) -> str:
+    return json.dumps(text)
+
+
 class RequestLog:
     """Writes records. One per worker; `close` writes what is left."""
 
     def __init__(self, *, as_json: bool, stream: TextIO | None = None) -> None:
-        self._format = json.dumps if as_json else _text
+        self._format = Record.json_line if as_json else _text_line
         self._stream = stream or sys.stdout
-        self._lines: list[dict[str, str | int | float]] = []
+        self._lines: deque[str] = deque()
         self._dropped = 0
         self._wake = threading.Event()
         self._closing = False
@@ -96,7 +134,7 @@ class RequestLog:
         if len(self._lines) >= _MOST_WAITING:
             self._dropped += 1
             return
-        self._lines.append(record.fields())
+        self._lines.append(self._format(record))
         if not self._wake.is_set():
             self._wake.set()
 
@@ -117,19 +155,18 @@ class RequestLog:
                 return
 
     def _flush(self) -> None:
-        lines, self._lines = self._lines, []
+        lines = [self._lines.popleft() for _ in range(len(self._lines))]
         dropped, self._dropped = self._dropped, 0
         if dropped:
-            lines.append({"dropped_lines": dropped})
+            lines.append(json.dumps({"dropped_lines": dropped}))
         try:
-            self._stream.write("".join([self._format(line) + "\n" for line in lines]))
+            self._stream.write("\n".join([*lines, ""]))
             self._stream.flush()
         except (OSError, ValueError):  # a full disk or closed pipe costs log lines, never requests
-            self._dropped += len(lines) + dropped
+            self._dropped += len(lines) + dropped - bool(dropped)
 
 
-def _text(fields: dict[str, str | int | float]) -> str:
-    if "dropped_lines" in fields:
-        return f"{fields['dropped_lines']} log lines were dropped: the output was too slow"
-    line = _TEXT.format(**fields)
-    return f"{line}  {fields['error']}" if "error" in fields else line
+def _text_line(record: Record) -> str:
+    line = _TEXT.format(**record.fields())
+    line = f"{line}  {record.error}" if record.error else line
+    return _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], line)
