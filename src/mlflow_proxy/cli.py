@@ -107,17 +107,17 @@ def demo(port: int) -> None:
 @main.command()
 def options() -> None:
     """Print every option of the configuration as the table in docs/configuration.md."""
-    from mlflow_proxy.settings import options_markdown
+    from mlflow_proxy.options import options_markdown
 
     click.echo(options_markdown())
 
 
 def _load(config: Path | None) -> Settings:
-    from mlflow_proxy import settings
+    from mlflow_proxy import configuration
 
     try:
-        return settings.load(config)
-    except settings.SettingsError as error:
+        return configuration.load(config)
+    except configuration.SettingsError as error:
         where = str(config) if config else "the environment (no --config given)"
         count = len(error.problems)
         click.echo(f"{count} mistake{'s' if count > 1 else ''} in the configuration from {where}:", err=True)

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mlflow_proxy import __version__, settings
+from mlflow_proxy import __version__, configuration
 from mlflow_proxy.aws.credentials import CredentialStore
 from mlflow_proxy.bodies import Bodies, CallerGone, Receive
 from mlflow_proxy.deadlines import Deadlines
@@ -23,7 +23,7 @@ from mlflow_proxy.http1 import UpstreamError
 from mlflow_proxy.relay import Send
 from mlflow_proxy.requests import Request, RequestIds, RequestReader, Scope
 from mlflow_proxy.routing import OWN_PREFIX
-from mlflow_proxy.settings import Settings, SettingsError
+from mlflow_proxy.settings import CONFIG_VARIABLE, Settings
 from mlflow_proxy.telemetry.record import Record, RequestLog
 from mlflow_proxy.watch import CallerWatch
 
@@ -195,11 +195,11 @@ def create_app(last_good: Settings | None = None) -> Gateway:
     A configuration that has mistakes meanwhile must not end the service when a worker is replaced: then `last_good`
     is taken, and the mistakes are logged.
     """
-    path = os.environ.get(settings.CONFIG_VARIABLE)
+    path = os.environ.get(CONFIG_VARIABLE)
     mistakes: list[str] = []
     try:
-        config = settings.load(Path(path) if path else None)
-    except SettingsError as error:
+        config = configuration.load(Path(path) if path else None)
+    except configuration.SettingsError as error:
         if last_good is None:
             raise
         config, mistakes = last_good, error.problems

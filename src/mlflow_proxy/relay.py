@@ -136,13 +136,17 @@ async def relay(
     await send({"type": "http.response.start", "status": connection.status, "headers": headers})
     data = begun
     if not data and not connection.ready:  # Granian keeps the head back until the first piece of the body
-        await send({"type": "http.response.body", "body": b"", "more_body": True})
+        await _send_piece(send, b"", deadlines, between)
     if not data and not connection.drained:
         data = await connection.read(between) or b""
     while not connection.drained:
         sent(len(data))
-        with Timeout(deadlines, between):
-            await send({"type": "http.response.body", "body": data, "more_body": True})
+        await _send_piece(send, data, deadlines, between)
         data = await connection.read(between) or b""
     sent(len(data))
     await send({"type": "http.response.body", "body": data, "more_body": False})
+
+
+async def _send_piece(send: Send, data: bytes, deadlines: Deadlines, seconds: float) -> None:
+    with Timeout(deadlines, seconds):
+        await send({"type": "http.response.body", "body": data, "more_body": True})

@@ -242,7 +242,7 @@ def forwarded_client(
     hops: list[str] = []
     for name, value in headers:
         if name == b"x-forwarded-for":
-            hops += [hop.strip() for hop in value.decode("latin-1").split(",")]
+            hops += [_without_port(hop.strip()) for hop in value.decode("latin-1").split(",")]
         elif name == b"x-forwarded-proto":
             last = value.decode("latin-1").rsplit(",", 1)[-1].strip().lower()
             scheme = last if last in ("http", "https") else scheme
@@ -256,6 +256,12 @@ def forwarded_client(
     return client, scheme
 
 
+def _without_port(hop: str) -> str:
+    """Some load balancers write the port, too: `192.0.2.7:4711`, `[2001:db8::7]:4711`."""
+    match = re.fullmatch(r"\[([0-9A-Fa-f:.]+)\](?::[0-9]+)?|([0-9.]+):[0-9]+", hop)
+    return (match[1] or match[2]) if match else hop
+
+
 def _is_address(text: str) -> bool:
     try:
         ip_address(text)
@@ -265,7 +271,11 @@ def _is_address(text: str) -> bool:
 
 
 def _is_trusted(text: str, trusted: list[Network]) -> bool:
-    return _is_address(text) and any(ip_address(text) in network for network in trusted)
+    if not _is_address(text):
+        return False
+    address = ip_address(text)
+    address = getattr(address, "ipv4_mapped", None) or address  # how a socket for both families names IPv4 peers
+    return any(address in network for network in trusted)
 
 
 def _content_length(noted: dict[bytes, list[bytes]]) -> int | None:
@@ -298,7 +308,7 @@ def _refuse_doubles(passed: list[tuple[bytes, bytes]]) -> None:
         return
     for name in SINGLE_HEADERS:
         if names.count(name) > 1:
-            raise Refusal(400, f"The header {name.decode()} was sent more than once.")
+            raise Refusal(400, f"The header {name.decode()} was sent more than once.", close=True)
 
 
 def _without_hop_by_hop(passed: list[tuple[bytes, bytes]], connection: list[bytes]) -> list[tuple[bytes, bytes]]:

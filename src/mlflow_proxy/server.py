@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ def serve(settings: Settings, config: Path | None) -> None:
         os.environ[CONFIG_VARIABLE] = str(config.resolve())
     server = settings.server
     _refuse_taken_address(server.host, server.port)
+    os.register_at_fork(after_in_child=_forget_the_parents_signals)
     granian = Granian(
         "mlflow_proxy.gateway",
         address=server.host,
@@ -65,3 +67,12 @@ def _refuse_taken_address(host: str, port: int) -> None:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except OSError as error:
         raise SystemExit(f"Error: cannot listen on {host}:{port} (server.host, server.port): {error}") from None
+
+
+def _forget_the_parents_signals() -> None:
+    """Until a new worker has signal handlers of its own, it would swallow SIGTERM with those it got from its parent.
+
+    A stop in that moment would then take all of drain_timeout.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)

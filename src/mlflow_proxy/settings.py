@@ -1,29 +1,22 @@
-"""Every option once: name, type, default, and one line of explanation. A TOML file, then environment variables.
+"""Every option once: name, type, default, and one line of explanation.
 
-`load` reads both, and reports all mistakes of a configuration together. Options are values here; what they do is
+Options are values here: `configuration` reads them, `mistakes` says what is wrong with them, and what they do is
 written where they are used.
 """
 
 from __future__ import annotations
 
-import difflib
-import json
 import os
 import re
 import ssl
-import tomllib
-from collections.abc import Iterator, Mapping
-from ipaddress import IPv4Network, IPv6Network, ip_network
+from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator
-from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails
-from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
-from pydantic_settings.sources.utils import parse_env_vars
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from mlflow_proxy.targets import TARGET_NAME, Target, TargetError, default_endpoint, parse_arn, parse_endpoint
+from mlflow_proxy.targets import TARGET_NAME, Target, default_endpoint, parse_arn, parse_endpoint
 
 ENV_PREFIX = "MLFLOW_PROXY_"
 CONFIG_VARIABLE = "MLFLOW_PROXY_CONFIG"
@@ -31,14 +24,6 @@ LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 Seconds = Annotated[float, Field(gt=0, le=3600)]
 Network = IPv4Network | IPv6Network
-
-
-class SettingsError(Exception):
-    """A configuration that cannot be used. `problems` has one readable line per mistake, all of them."""
-
-    def __init__(self, problems: list[str]) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = problems
 
 
 class Section(BaseModel):
@@ -104,11 +89,21 @@ class Server(Section):
         30.0, description="/-/ready calls the target again when its last signed answer is older, in seconds."
     )
 
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _host_names(cls, value: list[str]) -> list[str]:
+        for name in value:
+            if not re.fullmatch(r"(\*\.)?[A-Za-z0-9._-]+|\[?[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]+\]?", name):
+                raise ValueError(f"{name!r} is not a host name; write one without scheme and port, or *.example.com")
+        return value
+
     @field_validator("trusted_proxies", mode="before")
     @classmethod
     def _networks(cls, value: Any) -> Any:
         for item in value if isinstance(value, list) else ():
             try:
+                if not isinstance(item, str):
+                    raise ValueError
                 ip_network(item)
             except ValueError:
                 raise ValueError(f"{item!r} is not a network; write one like 10.0.0.0/8 or 192.0.2.7") from None
@@ -240,9 +235,8 @@ class TargetSettings(Section):
             try:
                 ssl.create_default_context(cafile=str(value))
             except (OSError, ssl.SSLError) as error:
-                raise ValueError(
-                    f"cannot be used ({_reason(error)}); name a readable PEM file of CA certificates"
-                ) from None
+                why = getattr(error, "strerror", None) or error
+                raise ValueError(f"cannot be used ({why}); name a readable PEM file of CA certificates") from None
         return value
 
     def build(self, *, default: bool) -> Target:
@@ -299,292 +293,12 @@ class Settings(BaseSettings):
     @property
     def listens_on_loopback(self) -> bool:
         """Whether only this machine can reach the proxy."""
-        return self.server.host in LOOPBACK_HOSTS or self.server.host.startswith("127.")
+        return is_loopback(self.server.host)
 
 
-def load(path: Path | None = None, environ: Mapping[str, str] | None = None) -> Settings:
-    """Read the TOML file at `path` (None: environment only), then the environment's MLFLOW_PROXY_… variables.
-
-    Raises SettingsError with every mistake found.
-    """
-    environ = os.environ if environ is None else environ
-    problems = list(_unknown_variables(environ))
-    broken = dict(_broken_json(environ))
-    problems += broken.values()
-    environ = {name: value for name, value in environ.items() if name not in broken}
-    data: dict[str, Any] = {}
-    if path is not None:
-        try:
-            data = tomllib.loads(path.read_text("utf-8"))
-        except OSError as error:
-            raise SettingsError([f"{path}: cannot be read ({_reason(error)})"]) from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise SettingsError([f"{path}: is not valid TOML: {error}"]) from None
-    settings: Settings | None = None
-    merged = _merged(data, _environment(environ))
+def is_loopback(host: str) -> bool:
+    """Whether a listening address can be reached from this machine only."""
     try:
-        settings = Settings(**merged)
-    except ValidationError as error:
-        problems += [_explain(detail) for detail in error.errors()]
-    problems += _cross_checks(merged if settings is None else settings.model_dump(mode="python"))
-    if problems or settings is None:
-        raise SettingsError(list(dict.fromkeys(problems)))
-    return settings
-
-
-def _environment(environ: Mapping[str, str]) -> dict[str, Any]:
-    """What the variables set, in the shape of the file."""
-
-    class Source(EnvSettingsSource):
-        def _load_env_vars(self) -> Mapping[str, str | None]:
-            ours = {
-                name: value
-                for name, value in environ.items()
-                if name.startswith(ENV_PREFIX) and name != CONFIG_VARIABLE
-            }
-            return parse_env_vars(ours, parse_none_str=self.env_parse_none_str)
-
-    return Source(Settings)()
-
-
-def _merged(file: dict[str, Any], environment: dict[str, Any]) -> dict[str, Any]:
-    """Environment over file, option by option."""
-    merged = dict(file)
-    for name, value in environment.items():
-        below = merged.get(name)
-        merged[name] = {**below, **value} if isinstance(below, dict) and isinstance(value, dict) else value
-    return merged
-
-
-def _broken_json(environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Variables that should hold a list or a table, and don't."""
-    shapes: dict[str, tuple[type, str]] = {
-        f"{ENV_PREFIX}{section}".upper(): (dict, '{"option": "value"}') for section, _ in _sections()
-    }
-    for option in options():
-        if option.variable and option.type == "list of texts":
-            shapes[option.variable] = (list, '["first", "second"]')
-    shapes[f"{ENV_PREFIX}TARGETS"] = (list, '[{"name": "…", "arn": "…"}]')
-    for name, (shape, example) in shapes.items():
-        if name in environ and not isinstance(_json_or_none(environ[name]), shape):
-            yield name, f"environment variable {name}: is not the JSON it should be; write it like {example}"
-
-
-class Option(BaseModel):
-    """One option, as the documentation lists it."""
-
-    section: str
-    name: str
-    type: str
-    default: str
-    description: str
-
-    @property
-    def variable(self) -> str | None:
-        """Environment variable that sets it; None for the options of a target, which are set as one JSON list."""
-        return None if self.section == "targets" else f"{ENV_PREFIX}{self.section}__{self.name}".upper()
-
-
-def options() -> Iterator[Option]:
-    """Every option, in the order of the documentation."""
-    for section, model in _sections():
-        for name, field in model.model_fields.items():
-            yield Option(
-                section=section,
-                name=name,
-                type=_type_name(field),
-                default=_default_text(field),
-                description=field.description or "",
-            )
-
-
-def options_markdown() -> str:
-    """All options as Markdown tables, one per section; docs/configuration.md contains exactly this."""
-    parts: list[str] = []
-    for section, model in _sections():
-        heading = "[[targets]]" if section == "targets" else f"[{section}]"
-        parts.append(
-            f"### `{heading}`\n\n{(model.__doc__ or '').strip()}\n\n| option | type | default | what it does |"
-        )
-        parts.append("|---|---|---|---|")
-        parts += [
-            f"| `{option.name}` | {option.type} | {option.default} | {option.description.replace('|', chr(92) + '|')} |"
-            for option in options()
-            if option.section == section
-        ]
-        parts.append("")
-    return "\n".join(parts).strip()
-
-
-def _sections() -> Iterator[tuple[str, type[Section]]]:
-    for name, field in Settings.model_fields.items():
-        annotation = field.annotation
-        model = annotation if isinstance(annotation, type) else get_args(annotation)[0]
-        yield name, model
-
-
-def _type_name(field: FieldInfo) -> str:
-    annotation = field.annotation
-    names = [
-        _TYPE_NAMES.get(str(getattr(part, "__name__", part)), "text") for part in get_args(annotation) or (annotation,)
-    ]
-    if getattr(annotation, "__origin__", None) is list:
-        return "list of texts"
-    if getattr(annotation, "__origin__", None) is Literal:
-        return " / ".join(f"`{value}`" for value in get_args(annotation))
-    return names[0]
-
-
-_TYPE_NAMES = {
-    "int": "number",
-    "float": "seconds",
-    "bool": "true / false",
-    "ByteSize": "size",
-    "Path": "file",
-    "str": "text",
-}
-
-
-def _default_text(field: FieldInfo) -> str:
-    if field.is_required():
-        return "required"
-    if field.default_factory is not None:
-        return "[]" if field.default_factory is list else "see text"
-    if isinstance(field.default, ByteSize):
-        return field.default.human_readable().replace(".0", "")
-    if field.default is None:
-        return "none"
-    return str(field.default).lower() if isinstance(field.default, bool) else str(field.default)
-
-
-def _unknown_variables(environ: Mapping[str, str]) -> Iterator[str]:
-    known = {option.variable for option in options() if option.variable} | {
-        CONFIG_VARIABLE,
-        *(f"{ENV_PREFIX}{name}".upper() for name in Settings.model_fields),
-    }
-    for name in sorted(environ):
-        if name.startswith(ENV_PREFIX) and name not in known:
-            yield f"environment variable {name}: no such option{_suggestion(name, known, ENV_PREFIX)}"
-
-
-def _explain(detail: ErrorDetails) -> str:
-    where = _option_name(detail["loc"])
-    if detail["type"] == "extra_forbidden":
-        return f"{where}: no such option{_suggestion(str(detail['loc'][-1]), _neighbours(detail['loc']))}"
-    if detail["type"] == "missing":
-        return f"{where}: is required"
-    message = detail["msg"].removeprefix("Value error, ")
-    shown = detail["input"]
-    is_option = len(detail["loc"]) > 1 and where != "upstream.proxy"
-    value = f" {_without_password(repr(shown))}" if is_option and isinstance(shown, str | int | float | bool) else ""
-    return f"{where}:{value} {message[:1].lower()}{message[1:]}"
-
-
-def _option_name(location: tuple[int | str, ...]) -> str:
-    """`targets[1].arn`, as a reader would write it (targets count from 1)."""
-    text = ""
-    for part in location:
-        text += f"[{part + 1}]" if isinstance(part, int) else f"{'.' if text else ''}{part}"
-    return text
-
-
-def _neighbours(location: tuple[int | str, ...]) -> set[str]:
-    sections = dict(_sections())
-    section = sections.get(str(location[0])) if len(location) > 1 else None
-    return set(section.model_fields) if section else set(sections)
-
-
-def _suggestion(name: str, known: set[Any], prefix: str = "") -> str:
-    """The known name that was probably meant; the `prefix` that all have makes none of them more alike."""
-    close = difflib.get_close_matches(
-        name.removeprefix(prefix), [one.removeprefix(prefix) for one in sorted(known)], n=1
-    )
-    return f"; did you mean {prefix}{close[0]}?" if close else "; see docs/configuration.md for all of them"
-
-
-def _cross_checks(data: dict[str, Any]) -> Iterator[str]:
-    """What no single option shows. Works on unvalidated data too, so that these mistakes are listed with the others."""
-    listed = data.get("targets")
-    targets = [target for target in listed if isinstance(target, dict)] if isinstance(listed, list) else []
-    if not targets:
-        yield "targets: none is configured; add a [[targets]] table with name and arn"
-    defaults = [str(target.get("name")) for target in targets if target.get("default") is True]
-    if len(defaults) > 1:
-        yield f"targets: {' and '.join(defaults)} are both default = true; keep one"
-    names = [target["name"] for target in targets if isinstance(target.get("name"), str)]
-    for name in sorted({name for name in names if names.count(name) > 1}):
-        yield f"targets: the name {name!r} is used twice; each target needs its own"
-    for index, target in enumerate(targets, 1):
-        if target.get("external_id") and not target.get("assume_role_arn"):
-            yield f"targets[{index}].external_id: counts only with assume_role_arn; add that or remove this"
-    server = _table(data, "server")
-    yield from _tls_problems(server.get("tls_certificate"), server.get("tls_key"))
-    yield from _url_problems(data)
-    host = str(server.get("host", "127.0.0.1"))
-    on_loopback = host in LOOPBACK_HOSTS or host.startswith("127.")
-    if not on_loopback and _table(data, "access").get("anonymous") != "i-understand":
-        yield (
-            f"server.host: {host!r} can be reached from other machines, and callers are not identified: whoever "
-            "reaches the proxy has its AWS rights. Listen on 127.0.0.1, or name the risk with "
-            'access.anonymous = "i-understand"'
-        )
-
-
-def _json_or_none(text: str) -> Any:
-    try:
-        return json.loads(text)
+        return ip_address(host).is_loopback
     except ValueError:
-        return None
-
-
-def _table(data: dict[str, Any], name: str) -> dict[str, Any]:
-    value = data.get(name)
-    return value if isinstance(value, dict) else {}
-
-
-def _url_problems(data: dict[str, Any]) -> Iterator[str]:
-    for section, name in (("server", "public_url"), ("aws", "sts_endpoint"), ("aws", "sagemaker_endpoint")):
-        value = _table(data, section).get(name)
-        if isinstance(value, str):
-            try:
-                parse_endpoint(value)
-            except TargetError as error:
-                yield f"{section}.{name}: {_without_password(repr(value))} {error}"
-    proxy = _table(data, "upstream").get("proxy")
-    if isinstance(proxy, str) and not re.fullmatch(r"http://([^/@\s]+@)?[^/@\s]+:\d+/?", proxy):
-        yield "upstream.proxy: is not a proxy's URL; write http://host:port or http://user:password@host:port"
-
-
-def _without_password(text: str) -> str:
-    return re.sub(r"//[^/\s]*@", "//…@", text)
-
-
-def _tls_problems(certificate: Any, key: Any) -> Iterator[str]:
-    if not certificate and not key:
-        return
-    if not all(isinstance(path, str | Path | None) for path in (certificate, key)):
-        return  # listed already: not a file's name
-    if not certificate or not key:
-        missing = "tls_key" if certificate else "tls_certificate"
-        yield f"server.{missing}: is missing; TLS needs both tls_certificate and tls_key"
-        return
-    for name, path in (("tls_certificate", certificate), ("tls_key", key)):
-        try:
-            text = Path(path).read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            yield f"server.{name}: {str(path)!r} cannot be read ({_reason(error)})"
-            return
-        if name == "tls_key" and "-----BEGIN PRIVATE KEY-----" not in text:
-            yield (
-                f"server.tls_key: {str(path)!r} is not an unencrypted PKCS#8 key; make one with "
-                "openssl pkcs8 -topk8 -nocrypt -in key.pem -out key8.pem"
-            )
-            return
-    try:
-        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(certificate, key)
-    except (OSError, ssl.SSLError) as error:
-        yield f"server.tls_certificate: does not go with tls_key ({_reason(error)})"
-
-
-def _reason(error: Exception) -> str:
-    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+        return host == "localhost"

@@ -32,6 +32,8 @@ PARTITIONS = ("aws", "aws-us-gov")
 ARN_HEADERS = tuple(mode.arn_header for mode in Mode)
 TARGET_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9])?")
 
+# Regions of partitions where SageMaker MLflow is not offered.
+_FOREIGN_REGIONS = ("cn-", "us-iso", "eu-iso", "eusc-")
 _RESOURCE = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_-]{0,254}[A-Za-z0-9])?")
 _REGION = re.compile(r"[a-z]{2}(?:-[a-z]+)+-[0-9]{1,2}")
 _EXAMPLE = "arn:aws:sagemaker:<region>:<account>:mlflow-tracking-server/<name> or …:mlflow-app/<id>"
@@ -99,7 +101,7 @@ def parse_arn(text: str) -> Arn:
         raise TargetError(f"belongs to service {service!r}, not sagemaker; write {_EXAMPLE}")
     if not _REGION.fullmatch(region):
         raise TargetError(f"has region {region!r}; write one like us-east-1")
-    if (partition == "aws-us-gov") != region.startswith("us-gov-"):
+    if (partition == "aws-us-gov") != region.startswith("us-gov-") or region.startswith(_FOREIGN_REGIONS):
         raise TargetError(f"names region {region!r}, which is not in partition {partition!r}")
     if not re.fullmatch(r"[0-9]{12}", account):
         raise TargetError(f"has account {account!r}; an AWS account has 12 digits")
@@ -129,6 +131,8 @@ def parse_endpoint(url: str) -> Endpoint:
         raise TargetError(f"is not a URL ({error}); write one like https://host or http://127.0.0.1:9500") from None
     if parts.scheme not in _DEFAULT_PORTS or not host:
         raise TargetError("is not an http(s) URL; write one like https://host or http://127.0.0.1:9500")
+    if port == 0:
+        raise TargetError("has port 0; leave the port out for the scheme's own, or name one")
     if parts.path not in ("", "/") or parts.query or parts.fragment or parts.username is not None:
         raise TargetError("may have only scheme, host and port: the path and query stay the caller's")
     if not re.fullmatch(r"[A-Za-z0-9.:_-]+", host):

@@ -16,7 +16,7 @@ from mlflow_proxy.errors import Refusal
 _PLAIN_PATH = re.compile(rb"(?:/(?!\.{1,2}(?:/|\Z))[A-Za-z0-9._~!$&'()*+,;=:@-]+)*/?")
 _PLAIN_QUERY = re.compile(rb"(?:[A-Za-z0-9._~-]+=[A-Za-z0-9._~-]*(?:&(?=.)|\Z))*")
 
-_FORBIDDEN = re.compile(rb"[\x00-\x20\x7f-\xff\\]")
+_FORBIDDEN = re.compile(rb"[\x00-\x20#\x7f-\xff\\]")
 _BROKEN_ESCAPE = re.compile(rb"%(?![0-9A-Fa-f]{2})")
 _ESCAPE_OR_OTHER = re.compile(rb"%([0-9A-Fa-f]{2})|[^A-Za-z0-9._~!$&'()*+,;=:@/-]")
 _UNRESERVED = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~")
@@ -63,7 +63,7 @@ def canonical_query(raw: bytes) -> str:
     """
     if _PLAIN_QUERY.fullmatch(raw):
         return raw.decode("ascii")
-    if re.search(rb"[\x00-\x20\x7f-\xff]", raw):
+    if re.search(rb"[\x00-\x20#\x7f-\xff]", raw):
         raise _bad("The query contains bytes that a URL may not contain. Percent-encode them.")
     _refuse_broken_escapes(raw, "query")
     _refuse_not_utf8(raw, "query")

@@ -16,6 +16,7 @@ from mlflow_proxy.errors import Refusal
 STATUSES = frozenset({400, 401, 403, 404, 429, 500, 502, 503, 504})
 SIZE_LIMIT = 16 * 1024
 
+_TOO_MANY = 429
 _RECITAL = re.compile(r"\n|The Canonical String|The String-to-Sign|x-amz-security-token", re.IGNORECASE)
 _EXPIRED = frozenset({"ExpiredTokenException", "ExpiredToken", "UnrecognizedClientException", "InvalidClientTokenId"})
 _THROTTLED = frozenset({"ThrottlingException", "Throttling", "TooManyRequestsException", "RequestLimitExceeded"})
@@ -70,8 +71,9 @@ def aws_error(status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> A
     if not isinstance(content, dict):
         content = {}
     error_type = error_type or str(content.get("__type") or "")
-    if not error_type or "error_code" in content:
-        return AwsError(status, "TooManyRequestsException", "") if status == 429 and not content else None
+    if "error_code" in content or not (error_type or status == _TOO_MANY):
+        return None
+    error_type = error_type or "TooManyRequestsException"  # whatever its shape, a 429 means: not done, try later
     message = str(content.get("message") or content.get("Message") or "")
     return AwsError(status, error_type.split(":", 1)[0].rsplit("#", 1)[-1], _harmless(message))
 

@@ -102,6 +102,8 @@ class Record:
         return fields
 
 
+_JSON_NOTICE = '{{"dropped_lines": {}}}'
+_TEXT_NOTICE = "{} log lines were dropped: the output was too slow"
 _EMPTY = '""'
 _ERROR = '"error"'
 
@@ -121,6 +123,7 @@ class RequestLog:
 
     def __init__(self, *, as_json: bool, stream: TextIO | None = None) -> None:
         self._format = Record.json_line if as_json else _text_line
+        self._notice = _JSON_NOTICE if as_json else _TEXT_NOTICE
         self._stream = stream or sys.stdout
         self._lines: deque[str] = deque()
         self._dropped = 0
@@ -158,7 +161,7 @@ class RequestLog:
         lines = [self._lines.popleft() for _ in range(len(self._lines))]
         dropped, self._dropped = self._dropped, 0
         if dropped:
-            lines.append(json.dumps({"dropped_lines": dropped}))
+            lines.append(self._notice.format(dropped))
         try:
             self._stream.write("\n".join([*lines, ""]))
             self._stream.flush()
