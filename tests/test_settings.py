@@ -634,7 +634,7 @@ def test_markdown_has_every_option() -> None:
         ("server", "tls_key", "file", "none", "MLFLOW_PROXY_SERVER__TLS_KEY"),
         ("server", "body_limit", "size", "64MiB", "MLFLOW_PROXY_SERVER__BODY_LIMIT"),
         ("server", "trusted_proxies", "list of texts", "[]", "MLFLOW_PROXY_SERVER__TRUSTED_PROXIES"),
-        ("server", "header_timeout", "seconds", "15.0", "MLFLOW_PROXY_SERVER__HEADER_TIMEOUT"),
+        ("server", "header_timeout", "seconds", "75.0", "MLFLOW_PROXY_SERVER__HEADER_TIMEOUT"),
         ("server", "workers", "number", "see text", "MLFLOW_PROXY_SERVER__WORKERS"),
         ("log", "format", "`auto` / `json` / `text`", "auto", "MLFLOW_PROXY_LOG__FORMAT"),
         ("log", "requests", "true / false", "true", "MLFLOW_PROXY_LOG__REQUESTS"),

@@ -126,6 +126,8 @@ class RequestReader:
         if method not in _SAFE_METHODS and (b"origin" in noted or b"sec-fetch-site" in noted):
             self._refuse_other_sites(noted)
         length = _content_length(noted)
+        if b"transfer-encoding" in noted and noted[b"transfer-encoding"] != [b"chunked"]:
+            _refuse_coding(noted[b"transfer-encoding"])
         client, scheme = self._client(scope)
         return Request(
             method=method,
@@ -134,7 +136,7 @@ class RequestReader:
             headers=passed,
             content_type=_content_type(passed),
             content_length=length,
-            has_body=bool(length) or b"transfer-encoding" in noted,
+            has_body=bool(length) or b"transfer-encoding" in noted or (length is None and scope["http_version"] == "2"),
             client=client,
             scheme=scheme,
             host=host,
@@ -287,6 +289,12 @@ def _content_length(noted: dict[bytes, list[bytes]]) -> int | None:
     if len(values) > 1 or not re.fullmatch(rb"\d{1,18}", values[0]):
         raise Refusal(400, "Content-Length is not a single number.", close=True)
     return int(values[0])
+
+
+def _refuse_coding(values: list[bytes]) -> None:
+    """The server undoes `chunked` once; anything else would be sent on still coded (RFC 9112 section 6.1)."""
+    if b",".join(values).strip().lower() != b"chunked":
+        raise Refusal(501, "Transfer-Encoding may be 'chunked' once, and nothing else.", close=True)
 
 
 def _content_type(passed: list[tuple[bytes, bytes]]) -> str:

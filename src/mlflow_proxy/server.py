@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import socket
 from functools import partial
@@ -30,6 +31,7 @@ def serve(settings: Settings, config: Path | None) -> None:
     server = settings.server
     _refuse_taken_address(server.host, server.port)
     os.register_at_fork(after_in_child=_forget_the_parents_signals)
+    _raise_file_limit()
     granian = Granian(
         "mlflow_proxy.gateway",
         address=server.host,
@@ -41,7 +43,7 @@ def serve(settings: Settings, config: Path | None) -> None:
         http=HTTPModes.auto,
         websockets=False,
         backlog=_BACKLOG,
-        backpressure=server.concurrency,
+        backpressure=server.connections,
         http1_settings=HTTP1Settings(header_read_timeout=int(server.header_timeout * 1000)),
         http2_settings=HTTP2Settings(
             max_concurrent_streams=128, max_headers_size=2 * int(server.header_limit), keep_alive_interval=30_000
@@ -55,6 +57,12 @@ def serve(settings: Settings, config: Path | None) -> None:
         workers_kill_timeout=int(server.drain_timeout),
     )
     granian.serve(target_loader=partial(gateway.create_app, settings), wrap_loader=False)
+
+
+def _raise_file_limit() -> None:
+    """Every connection is an open file, and the usual limit of 1024 is for programs that never raise it."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _refuse_taken_address(host: str, port: int) -> None:

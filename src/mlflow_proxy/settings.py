@@ -75,12 +75,14 @@ class Server(Section):
     url_limit: ByteSize = Field(
         ByteSize(32 << 10), ge=1024, le=128 << 10, description="Length of path and query; more is 414."
     )
-    header_timeout: Annotated[float, Field(gt=0, le=60)] = Field(
-        15.0, description="Seconds for a caller to send the headers of a request."
+    header_timeout: Annotated[float, Field(gt=0, le=600)] = Field(
+        75.0,
+        description="Seconds for a caller to send the headers of a request, and that a kept connection may be unused. "
+        "Longer than the load balancer's own idle timeout, lest it use a connection that just closed.",
     )
     body_timeout: Seconds = Field(30.0, description="Seconds that a caller may pause while it sends a body; then 408.")
-    concurrency: int = Field(
-        1024, ge=16, le=65536, description="Requests that one worker takes at once; further ones wait unread."
+    connections: int = Field(
+        4096, ge=16, le=65536, description="Connections that one worker holds at once; further ones wait in the kernel."
     )
     drain_timeout: Annotated[float, Field(ge=1, le=1800)] = Field(
         30.0, description="Seconds that requests under way get to finish when the proxy stops."
