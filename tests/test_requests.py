@@ -144,6 +144,7 @@ def scope_of(
         "type": "http",
         "method": method,
         "scheme": "http",
+        "http_version": "1.1",
         "raw_path": path,
         "path": path.decode("latin-1"),
         "query_string": query,

@@ -18,12 +18,11 @@ import click
 
 from mlflow_proxy.aws.credentials import CredentialStore, CredentialsUnavailable
 from mlflow_proxy.aws.presign import PresignError, describe, presigned_url
-from mlflow_proxy.bodies import Bodies
 from mlflow_proxy.deadlines import Deadlines
 from mlflow_proxy.errors import Refusal
-from mlflow_proxy.forwarder import Answer, Forwarder
 from mlflow_proxy.http1 import UpstreamError
 from mlflow_proxy.readiness import PROBE, PROBE_BODY, mlflow_message
+from mlflow_proxy.sending import Answer, Sender
 from mlflow_proxy.settings import Settings
 from mlflow_proxy.signing import Payload
 from mlflow_proxy.targets import Mode, Target
@@ -56,17 +55,16 @@ def run(settings: Settings, name: str | None) -> bool:
 async def _run(settings: Settings, targets: list[Target]) -> bool:
     credentials = CredentialStore(targets, settings.aws, proxy=settings.upstream.proxy)
     await credentials.start()
-    deadlines = Deadlines(asyncio.get_running_loop())
-    forwarder = Forwarder(settings, targets, credentials, Bodies(settings.server, deadlines), deadlines)
+    sender = Sender(targets, settings.upstream, credentials, Deadlines(asyncio.get_running_loop()))
     failed = False
     try:
         for target in targets:
             click.secho(f"\n{target.name}  {target.arn.text}", bold=True)
-            async for step in Check(settings, target, credentials, forwarder).steps():
+            async for step in Check(settings, target, credentials, sender).steps():
                 failed |= step.good is False
                 _print(step)
     finally:
-        forwarder.close()
+        sender.close()
         await credentials.close()
     click.echo("\n" + ("Some steps failed; see the advice above." if failed else "All well."))
     return not failed
@@ -82,11 +80,11 @@ def _print(step: Step) -> None:
 class Check:
     """The steps for one target."""
 
-    def __init__(self, settings: Settings, target: Target, credentials: CredentialStore, forwarder: Forwarder) -> None:
+    def __init__(self, settings: Settings, target: Target, credentials: CredentialStore, sender: Sender) -> None:
         self._settings = settings
         self._target = target
         self._credentials = credentials
-        self._forwarder = forwarder
+        self._sender = sender
 
     async def steps(self) -> AsyncIterator[Step]:
         """All rows; steps that need an earlier one are left out when that failed."""
@@ -166,7 +164,7 @@ class Check:
 
     async def _request_steps(self) -> list[Step]:
         try:
-            answer = await self._forwarder.ask(self._target, PROBE, Payload.of(PROBE_BODY))
+            answer = await self._sender.ask(self._target, PROBE, Payload.of(PROBE_BODY))
         except (Refusal, UpstreamError) as failure:
             return [Step("signature", False, "no answer", str(failure))]
         error = answer.error
@@ -188,7 +186,7 @@ class Check:
         return Step("permission", True, "may list experiments")
 
     def _clock(self, answer: Answer) -> Step:
-        offset = self._forwarder.date_difference(self._target, answer)
+        offset = self._sender.date_difference(self._target, answer)
         if offset is None:
             return Step("clock", None, "the answer has no Date")
         advice = "Set this machine's clock (chrony, systemd-timesyncd); signatures are valid for five minutes."

@@ -1,102 +1,48 @@
-"""The request's way from a caller to SageMaker MLflow and back, step by step.
-
-The gateway has done step 1 (one canonical path and query) when a request comes here, and writes the record (step 9)
-when it leaves. Identity and authorization (steps 3 and 4) have their place between `find` and `collect`.
-"""
+"""The request's way from a caller to SageMaker MLflow and back, step by step, each step a module of its own."""
 
 from __future__ import annotations
 
-import asyncio
-import logging
-import time
-from collections.abc import Iterable
-from typing import NamedTuple
-
-from mlflow_proxy import retries
-from mlflow_proxy.aws import errors as aws
-from mlflow_proxy.aws.credentials import Credentials, CredentialStore, CredentialsUnavailable
 from mlflow_proxy.bodies import Bodies, Receive
 from mlflow_proxy.deadlines import Deadlines
-from mlflow_proxy.errors import Refusal
-from mlflow_proxy.http1 import AnswerTimeout, Connection, UpstreamError
-from mlflow_proxy.relay import Headers, Send, downstream_headers, relay, send_whole, upstream_request_id
+from mlflow_proxy.relay import Send, downstream_headers, relay, send_whole
 from mlflow_proxy.requests import Request
-from mlflow_proxy.routing import Route, Routes
-from mlflow_proxy.settings import Settings
-from mlflow_proxy.signing import Payload, Signer
-from mlflow_proxy.targets import Target
+from mlflow_proxy.routing import Routes
+from mlflow_proxy.sending import Sender
+from mlflow_proxy.signing import Payload
 from mlflow_proxy.telemetry.record import Record
-from mlflow_proxy.upstream import Busy, NotConnected, Pool
-
-logger = logging.getLogger(__name__)
-
-# How long a request waits for renewed credentials after the service called its own ones expired, in seconds.
-_RENEWAL_WAIT = 10.0
-
-
-class Line(NamedTuple):
-    """What one worker needs to speak with one target."""
-
-    target: Target
-    pool: Pool
-    signer: Signer
-
-
-class Answer(NamedTuple):
-    """An answer whose head has arrived. `body` is what was read of it; more is on `connection`, unless that is None."""
-
-    status: int
-    headers: Headers
-    connection: Connection | None
-    credentials: Credentials
-    clock_offset: float
-    body: bytes = b""
-    error: aws.AwsError | None = None
-
-    @property
-    def date(self) -> str | None:
-        """The Date header: the service's clock."""
-        return next((value.decode("latin-1") for name, value in self.headers if name.lower() == b"date"), None)
 
 
 class Forwarder:
-    """Forwards requests under one configuration. Made in the event loop that serves them."""
+    """Forwards the requests of one worker."""
 
     def __init__(
-        self,
-        settings: Settings,
-        targets: Iterable[Target],
-        credentials: CredentialStore,
-        bodies: Bodies,
-        deadlines: Deadlines,
+        self, routes: Routes, bodies: Bodies, sender: Sender, deadlines: Deadlines, *, idle_timeout: float
     ) -> None:
-        targets = tuple(targets)
-        self._upstream = settings.upstream
-        self._credentials = credentials
+        self._routes = routes
         self._bodies = bodies
+        self._sender = sender
         self._deadlines = deadlines
-        self._lines = {t.name: Line(t, Pool(t, settings.upstream, deadlines), Signer(t)) for t in targets}
-        self.routes = Routes(targets)
-        self.last_success: dict[str, float] = {}
+        self._idle_timeout = idle_timeout
 
     async def __call__(self, request: Request, receive: Receive, send: Send, record: Record) -> None:
-        """Serve one request. Raises Refusal as long as nothing was sent to the caller."""
-        route = self.routes.find(request.path, request.query)
+        """Serve one request. Raises Refusal as long as nothing was sent to the caller, afterwards UpstreamError."""
+        # 1 transform: `requests` did it while it read the request, for the gateway to tell whose it is.
+        # 2 route
+        route = self._routes.find(request.path, request.query)
         record.target = route.target.name
+        # 3 identify and 4 authorize come here; without them the proxy listens on loopback only (`mistakes`).
+        # 5 limit
         data = await self._bodies.collect(request, receive) if request.has_body else b""
         record.bytes_in = len(data)
         try:
-            await self.forward(request, route, Payload.of(data), send, record)
+            # 6 sign, 7 send
+            answer = await self._sender.send(route.target, request, route.path, Payload.of(data), record)
         finally:
             self._bodies.release(len(data))
-
-    async def forward(self, request: Request, route: Route, body: Payload, send: Send, record: Record) -> None:
-        """Steps 6 to 8: sign and send, again where that is safe, and relay the answer."""
-        line = self._lines[route.target.name]
-        answer = await self._answered(line, request, route.path, body, record)
+            del data
         if answer.error is not None:
-            self.last_success.pop(line.target.name, None)
             raise answer.error.refusal()
+        # 8 relay
         headers = downstream_headers(answer.headers, route.target.endpoint, route.prefix)
         headers.append((b"x-request-id", record.request_id.encode("ascii")))
         record.status = answer.status
@@ -111,138 +57,9 @@ class Forwarder:
                 send,
                 headers,
                 deadlines=self._deadlines,
-                between=self._upstream.idle_timeout,
+                between=self._idle_timeout,
                 sent=record.add_bytes_out,
             )
         finally:
-            line.pool.release(answer.connection)
-        if answer.status < 400:
-            self.last_success[line.target.name] = time.monotonic()
-
-    async def ask(self, target: Target, request: Request, body: Payload) -> Answer:
-        """Send a request of the proxy's own and return the whole answer. Raises Refusal and UpstreamError."""
-        line = self._lines[target.name]
-        answer = await self._answered(line, request, request.path, body, Record(request.method, "mlflow-proxy"))
-        if answer.connection is None:
-            return answer
-        data = answer.body
-        try:
-            while not answer.connection.drained and len(data) < aws.SIZE_LIMIT:
-                data += await answer.connection.read(self._upstream.idle_timeout) or b""
-        finally:
-            line.pool.release(answer.connection)
-        if answer.status < 400:
-            self.last_success[target.name] = time.monotonic()
-        return answer._replace(connection=None, body=data)
-
-    def clock_offset(self, target: Target) -> float:
-        """Seconds that the target's clock is ahead of this machine's, as far as its answers told."""
-        return self._lines[target.name].signer.clock.offset
-
-    def date_difference(self, target: Target, answer: Answer) -> float | None:
-        """Seconds that an answer's Date is ahead of this machine's clock; None if it has none."""
-        return self._lines[target.name].signer.clock.difference(answer.date)
-
-    def close(self) -> None:
-        """Close the connections to all targets."""
-        for line in self._lines.values():
-            line.pool.close()
-
-    async def _answered(self, line: Line, request: Request, path: str, body: Payload, record: Record) -> Answer:
-        """Sign and send until there is an answer to relay. Raises Refusal when there is none to be had."""
-        give_up = time.monotonic() + self._upstream.first_byte_timeout
-        attempt, corrected = 0, False
-        while True:
-            throttled = False
-            try:
-                answer = await self._attempt(line, request, path, body, record)
-            except UpstreamError as error:
-                pause = retries.delay(attempt + 1)
-                in_time = attempt < self._upstream.retries and time.monotonic() + pause < give_up
-                if not (in_time and retries.may_repeat(error, request.method)):
-                    self.last_success.pop(line.target.name, None)  # so that readiness looks for itself
-                    raise _refusal(line.target, error) from error
-            else:
-                if answer.error is None:
-                    return answer
-                throttled = answer.error.throttled
-                pause = retries.delay(attempt + 1, throttled=True) if throttled else 0.0
-                if throttled and (attempt >= self._upstream.retries or time.monotonic() + pause > give_up):
-                    return answer
-                if not throttled and (corrected or not await self._corrected(line, answer)):
-                    return answer
-                corrected = corrected or not throttled
-            attempt += 1
-            record.retries += 1
-            await asyncio.sleep(pause)
-
-    async def _attempt(self, line: Line, request: Request, path: str, body: Payload, record: Record) -> Answer:
-        """One request on one connection, which is given back here unless the answer still needs it."""
-        try:
-            credentials = self._credentials.get(line.target)
-        except CredentialsUnavailable as unavailable:
-            raise Refusal(503, f"No AWS credentials for {line.target.name}: {unavailable}", retry_after=5) from None
-        offset = line.signer.clock.offset
-        head = line.signer.head(request, path, body, credentials, request_id=record.request_id)
-        started = time.perf_counter()
-        connection = (line.pool.take_idle() if not record.retries else None) or await line.pool.acquire(
-            fresh=record.retries > 0
-        )
-        try:
-            await connection.exchange(
-                head,
-                body.data,
-                head_request=request.method == "HEAD",
-                first_byte=self._upstream.first_byte_timeout,
-                between=self._upstream.idle_timeout,
-            )
-            record.upstream_seconds += time.perf_counter() - started
-            record.upstream_request_id = upstream_request_id(connection.headers)
-            answer = Answer(connection.status, connection.headers, connection, credentials, offset)
-            if connection.status in aws.STATUSES:
-                answer = await self._judged(answer, connection)
-        except BaseException:
-            connection.abort()
-            line.pool.release(connection)
-            raise
-        if answer.connection is None:
-            line.pool.release(connection)
-        return answer
-
-    async def _judged(self, answer: Answer, connection: Connection) -> Answer:
-        """Read a short error answer whole, to tell AWS's own errors, which may hold secrets, from MLflow's."""
-        body = b""
-        while not connection.drained:
-            body += await connection.read(self._upstream.idle_timeout) or b""
-            if len(body) > aws.SIZE_LIMIT:
-                return answer._replace(body=body)
-        return answer._replace(connection=None, body=body, error=aws.aws_error(answer.status, answer.headers, body))
-
-    async def _corrected(self, line: Line, answer: Answer) -> bool:
-        """Put right what the service found wrong with the signature, if it can be: the clock, or the credentials."""
-        error = answer.error
-        assert error is not None  # noqa: S101  # the caller's condition, for the type checker
-        if line.signer.clock.correct(error.type, error.message, answer.date, signed_at=answer.clock_offset):
-            return True
-        if not error.expired:
-            return False
-        try:
-            # Another request may have brought new ones already, after this one was signed.
-            if self._credentials.get(line.target) != answer.credentials:
-                return True
-            return await self._credentials.wait_refreshed(line.target, _RENEWAL_WAIT) != answer.credentials
-        except CredentialsUnavailable as unavailable:
-            logger.warning("credentials for %s could not be renewed: %s", line.target.name, unavailable)
-            return False
-
-
-def _refusal(target: Target, error: UpstreamError) -> Refusal:
-    """What a caller is told about an upstream failure; the detail goes into the log."""
-    where = f"SageMaker MLflow ({target.name}, {target.endpoint.authority})"
-    if isinstance(error, Busy):
-        return Refusal(503, f"Too many requests to {target.name} at once: {error}.", retry_after=1, detail=str(error))
-    if isinstance(error, AnswerTimeout):
-        return Refusal(504, f"{where} gave {error}.", detail=str(error))
-    if isinstance(error, NotConnected):
-        return Refusal(502, f"{where} cannot be reached: {error}.", retry_after=1, detail=str(error))
-    return Refusal(502, f"{where} broke off: {error}.", detail=str(error))
+            self._sender.done(route.target, answer.connection)
+        # 9 record: the gateway does it, whatever became of the request.

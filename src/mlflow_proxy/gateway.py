@@ -22,7 +22,8 @@ from mlflow_proxy.forwarder import Forwarder
 from mlflow_proxy.http1 import UpstreamError
 from mlflow_proxy.relay import Send
 from mlflow_proxy.requests import Request, RequestIds, RequestReader, Scope
-from mlflow_proxy.routing import OWN_PREFIX
+from mlflow_proxy.routing import OWN_PREFIX, Routes
+from mlflow_proxy.sending import Sender
 from mlflow_proxy.settings import CONFIG_VARIABLE, Settings
 from mlflow_proxy.telemetry.record import Record, RequestLog
 from mlflow_proxy.watch import CallerWatch
@@ -139,12 +140,17 @@ class Gateway:
         self._bodies = Bodies(self._settings.server, self._deadlines)
         self._credentials = CredentialStore(targets, self._settings.aws, proxy=self._settings.upstream.proxy)
         await self._credentials.start()
-        self._forwarder = Forwarder(self._settings, targets, self._credentials, self._bodies, self._deadlines)
-        readiness = Readiness(targets, self._forwarder, self._credentials, self._settings.server.ready_max_age)
-        self._portal = Portal(self._settings, self._forwarder.routes, self._credentials, readiness).asgi
+        upstream = self._settings.upstream
+        self._sender = Sender(targets, upstream, self._credentials, self._deadlines)
+        routes = Routes(targets)
+        self._forwarder = Forwarder(
+            routes, self._bodies, self._sender, self._deadlines, idle_timeout=upstream.idle_timeout
+        )
+        readiness = Readiness(targets, self._sender, self._credentials, self._settings.server.ready_max_age)
+        self._portal = Portal(self._settings, routes, self._credentials, readiness).asgi
 
     async def _stop(self) -> None:
-        self._forwarder.close()
+        self._sender.close()
         await self._credentials.close()
         if self._log is not None:
             self._log.close()

@@ -91,7 +91,7 @@ class Connection(asyncio.Protocol):
         self._unparsed = 0
         self._error: UpstreamError | None = None
 
-    # What the pool and the forwarder use
+    # What the pool and the sender use
 
     @property
     def reusable(self) -> bool:

@@ -13,9 +13,9 @@ from typing import Any
 
 from mlflow_proxy.aws.credentials import CredentialStore
 from mlflow_proxy.errors import Refusal
-from mlflow_proxy.forwarder import Forwarder
 from mlflow_proxy.http1 import UpstreamError
 from mlflow_proxy.requests import Request
+from mlflow_proxy.sending import Sender
 from mlflow_proxy.signing import Payload
 from mlflow_proxy.targets import Target
 
@@ -28,11 +28,9 @@ _FAILURE_AGE = 2.0
 class Readiness:
     """Judges the targets of one worker."""
 
-    def __init__(
-        self, targets: Iterable[Target], forwarder: Forwarder, credentials: CredentialStore, max_age: float
-    ) -> None:
+    def __init__(self, targets: Iterable[Target], sender: Sender, credentials: CredentialStore, max_age: float) -> None:
         self._targets = tuple(targets)
-        self._forwarder = forwarder
+        self._sender = sender
         self._credentials = credentials
         self._max_age = max_age
         self._failures: dict[str, tuple[float, str]] = {}
@@ -54,14 +52,14 @@ class Readiness:
             "reason": reason,
             "mode": target.arn.mode.resource_type,
             "credentials": {"usable": status.usable, "provider": status.provider, "expires_in_seconds": remaining},
-            "clock_offset_seconds": round(self._forwarder.clock_offset(target)),
+            "clock_offset_seconds": round(self._sender.clock_offset(target)),
         }
 
     async def _reason(self, target: Target) -> str | None:
         """Why a target is not ready; None if it is."""
         async with self._locks[target.name]:
             now = time.monotonic()
-            if now - self._forwarder.last_success.get(target.name, -self._max_age) < self._max_age:
+            if now - self._sender.last_success.get(target.name, -self._max_age) < self._max_age:
                 status = self._credentials.status(target)
                 return None if status.usable else f"no valid AWS credentials: {status.error}"
             failed_at, reason = self._failures.get(target.name, (-_FAILURE_AGE, ""))
@@ -75,7 +73,7 @@ class Readiness:
     async def _probe(self, target: Target) -> str | None:
         """Send a signed request; None if MLflow answered it."""
         try:
-            answer = await self._forwarder.ask(target, PROBE, Payload.of(PROBE_BODY))
+            answer = await self._sender.ask(target, PROBE, Payload.of(PROBE_BODY))
         except (Refusal, UpstreamError) as error:
             return str(error)
         if answer.error is not None:

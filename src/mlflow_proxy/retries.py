@@ -1,4 +1,4 @@
-"""When a request may be sent once more: only where that is surely safe. Pure decisions; the forwarder carries them out.
+"""When a request may be sent once more: only where that is surely safe. Pure decisions; `sending` carries them out.
 
 Safe means: no connection was made, so nothing was sent; or the service throttled, so nothing was done; or the method
 is idempotent (RFC 9110 section 9.2.2) and no answer had begun.

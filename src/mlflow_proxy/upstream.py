@@ -2,7 +2,7 @@
 
 TLS is verified against the system's CAs or the target's own bundle. An outgoing HTTP proxy is used only where it is
 configured; the environment's is ignored. What happens on a connection is `http1`'s business; whether to try again is
-the forwarder's.
+the sender's.
 """
 
 from __future__ import annotations

@@ -1,0 +1,209 @@
+"""Steps 6 and 7 of a request's way: sign and send, until there is an answer to relay.
+
+Again where `retries` says that it is safe; and once more when the service found the signature's time or credentials
+wrong and that could be put right.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from mlflow_proxy import retries
+from mlflow_proxy.aws import errors as aws
+from mlflow_proxy.aws.credentials import Credentials, CredentialStore, CredentialsUnavailable
+from mlflow_proxy.deadlines import Deadlines
+from mlflow_proxy.errors import Refusal
+from mlflow_proxy.http1 import AnswerTimeout, Connection, UpstreamError
+from mlflow_proxy.relay import Headers, upstream_request_id
+from mlflow_proxy.requests import Request
+from mlflow_proxy.settings import Upstream
+from mlflow_proxy.signing import Payload, Signer
+from mlflow_proxy.targets import Target
+from mlflow_proxy.telemetry.record import Record
+from mlflow_proxy.upstream import Busy, NotConnected, Pool
+
+logger = logging.getLogger(__name__)
+
+# How long a request waits for renewed credentials after the service called its own ones expired, in seconds.
+_RENEWAL_WAIT = 10.0
+
+
+class Answer(NamedTuple):
+    """An answer whose head has arrived. `body` is what was read of it; more is on `connection`, unless that is None."""
+
+    status: int
+    headers: Headers
+    connection: Connection | None
+    credentials: Credentials
+    clock_offset: float
+    body: bytes = b""
+    error: aws.AwsError | None = None
+
+    @property
+    def date(self) -> str | None:
+        """The Date header: the service's clock."""
+        return next((value.decode("latin-1") for name, value in self.headers if name.lower() == b"date"), None)
+
+
+class Line(NamedTuple):
+    """What one worker needs to speak with one target."""
+
+    target: Target
+    pool: Pool
+    signer: Signer
+
+
+class Sender:
+    """Speaks with all targets for one worker. Made in the event loop that uses it."""
+
+    def __init__(
+        self, targets: Iterable[Target], upstream: Upstream, credentials: CredentialStore, deadlines: Deadlines
+    ) -> None:
+        self._upstream = upstream
+        self._credentials = credentials
+        self._lines = {t.name: Line(t, Pool(t, upstream, deadlines), Signer(t)) for t in targets}
+        # By target, on the monotonic clock: when it last answered as it should; gone after a failure.
+        self.last_success: dict[str, float] = {}
+
+    async def send(self, target: Target, request: Request, path: str, body: Payload, record: Record) -> Answer:
+        """The answer to one request; `done` takes back what it holds. Raises Refusal when there is none to be had."""
+        line = self._lines[target.name]
+        answer = await self._answered(line, request, path, body, record)
+        if answer.error is not None or answer.status >= 500:
+            self.last_success.pop(target.name, None)
+        elif answer.status < 400:
+            self.last_success[target.name] = time.monotonic()
+        return answer
+
+    def done(self, target: Target, connection: Connection) -> None:
+        """Take back an answer's connection, which may serve again if the answer was read whole."""
+        self._lines[target.name].pool.release(connection)
+
+    async def ask(self, target: Target, request: Request, body: Payload) -> Answer:
+        """Send a request of the proxy's own and read the answer. Raises Refusal and UpstreamError."""
+        answer = await self.send(target, request, request.path, body, Record(request.method, "mlflow-proxy"))
+        if answer.connection is None:
+            return answer
+        data = answer.body
+        try:
+            while not answer.connection.drained and len(data) < aws.SIZE_LIMIT:
+                data += await answer.connection.read(self._upstream.idle_timeout) or b""
+        finally:
+            self.done(target, answer.connection)
+        return answer._replace(connection=None, body=data)
+
+    def clock_offset(self, target: Target) -> float:
+        """Seconds that the target's clock is ahead of this machine's, as far as its answers told."""
+        return self._lines[target.name].signer.clock.offset
+
+    def date_difference(self, target: Target, answer: Answer) -> float | None:
+        """Seconds that an answer's Date is ahead of this machine's clock; None if it has none."""
+        return self._lines[target.name].signer.clock.difference(answer.date)
+
+    def close(self) -> None:
+        """Close the connections to all targets."""
+        for line in self._lines.values():
+            line.pool.close()
+
+    async def _answered(self, line: Line, request: Request, path: str, body: Payload, record: Record) -> Answer:
+        """Sign and send until there is an answer to relay. Raises Refusal when there is none to be had."""
+        give_up = time.monotonic() + self._upstream.first_byte_timeout
+        attempt, corrected = 0, False
+        while True:
+            throttled = False
+            try:
+                answer = await self._attempt(line, request, path, body, record)
+            except UpstreamError as error:
+                pause = retries.delay(attempt + 1)
+                in_time = attempt < self._upstream.retries and time.monotonic() + pause < give_up
+                if not (in_time and retries.may_repeat(error, request.method)):
+                    self.last_success.pop(line.target.name, None)
+                    raise _refusal(line.target, error) from error
+            else:
+                if answer.error is None:
+                    return answer
+                throttled = answer.error.throttled
+                pause = retries.delay(attempt + 1, throttled=True) if throttled else 0.0
+                if throttled and (attempt >= self._upstream.retries or time.monotonic() + pause > give_up):
+                    return answer
+                if not throttled and (corrected or not await self._corrected(line, answer)):
+                    return answer
+                corrected = corrected or not throttled
+            attempt += 1
+            record.retries += 1
+            await asyncio.sleep(pause)
+
+    async def _attempt(self, line: Line, request: Request, path: str, body: Payload, record: Record) -> Answer:
+        """One request on one connection, which is given back here unless the answer still needs it."""
+        try:
+            credentials = self._credentials.get(line.target)
+        except CredentialsUnavailable as unavailable:
+            raise Refusal(503, f"No AWS credentials for {line.target.name}: {unavailable}", retry_after=5) from None
+        offset = line.signer.clock.offset
+        head = line.signer.head(request, path, body, credentials, request_id=record.request_id)
+        started = time.perf_counter()
+        connection = (line.pool.take_idle() if not record.retries else None) or await line.pool.acquire(
+            fresh=record.retries > 0
+        )
+        try:
+            await connection.exchange(
+                head,
+                body.data,
+                head_request=request.method == "HEAD",
+                first_byte=self._upstream.first_byte_timeout,
+                between=self._upstream.idle_timeout,
+            )
+            record.upstream_seconds += time.perf_counter() - started
+            record.upstream_request_id = upstream_request_id(connection.headers)
+            answer = Answer(connection.status, connection.headers, connection, credentials, offset)
+            if connection.status in aws.STATUSES:
+                answer = await self._judged(answer, connection)
+        except BaseException:
+            connection.abort()
+            line.pool.release(connection)
+            raise
+        if answer.connection is None:
+            line.pool.release(connection)
+        return answer
+
+    async def _judged(self, answer: Answer, connection: Connection) -> Answer:
+        """Read a short error answer whole, to tell AWS's own errors, which may hold secrets, from MLflow's."""
+        body = b""
+        while not connection.drained:
+            body += await connection.read(self._upstream.idle_timeout) or b""
+            if len(body) > aws.SIZE_LIMIT:
+                return answer._replace(body=body)
+        return answer._replace(connection=None, body=body, error=aws.aws_error(answer.status, answer.headers, body))
+
+    async def _corrected(self, line: Line, answer: Answer) -> bool:
+        """Put right what the service found wrong with the signature, if it can be: the clock, or the credentials."""
+        error = answer.error
+        assert error is not None  # noqa: S101  # the caller's condition, for the type checker
+        if line.signer.clock.correct(error.type, error.message, answer.date, signed_at=answer.clock_offset):
+            return True
+        if not error.expired:
+            return False
+        try:
+            # Another request may have brought new ones already, after this one was signed.
+            if self._credentials.get(line.target) != answer.credentials:
+                return True
+            return await self._credentials.wait_refreshed(line.target, _RENEWAL_WAIT) != answer.credentials
+        except CredentialsUnavailable as unavailable:
+            logger.warning("credentials for %s could not be renewed: %s", line.target.name, unavailable)
+            return False
+
+
+def _refusal(target: Target, error: UpstreamError) -> Refusal:
+    """What a caller is told about an upstream failure; the detail goes into the log."""
+    where = f"SageMaker MLflow ({target.name}, {target.endpoint.authority})"
+    if isinstance(error, Busy):
+        return Refusal(503, f"Too many requests to {target.name} at once: {error}.", retry_after=1, detail=str(error))
+    if isinstance(error, AnswerTimeout):
+        return Refusal(504, f"{where} gave {error}.", detail=str(error))
+    if isinstance(error, NotConnected):
+        return Refusal(502, f"{where} cannot be reached: {error}.", retry_after=1, detail=str(error))
+    return Refusal(502, f"{where} broke off: {error}.", detail=str(error))
