@@ -18,23 +18,23 @@ class Deadlines:
     """The deadlines of one event loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+        self.loop = loop
         self._due: dict[Hashable, tuple[float, Callable[[], None]]] = {}
         self._ticking = False
 
     def set(self, key: Hashable, seconds: float, action: Callable[[], None]) -> None:
         """Call `action` in `seconds`, unless `clear` comes first. A second `set` for a key replaces the first."""
-        self._due[key] = (self._loop.time() + seconds, action)
+        self._due[key] = (self.loop.time() + seconds, action)
         if not self._ticking:
             self._ticking = True
-            self._loop.call_later(TICK, self._tick)
+            self.loop.call_later(TICK, self._tick)
 
     def clear(self, key: Hashable) -> None:
         """Call off; nothing happens if there is no such deadline."""
         self._due.pop(key, None)
 
     def _tick(self) -> None:
-        now = self._loop.time()
+        now = self.loop.time()
         due = [(key, entry) for key, entry in self._due.items() if entry[0] <= now]
         try:
             for key, entry in due:
@@ -44,7 +44,7 @@ class Deadlines:
         finally:  # an action that fails must not stop the others for ever
             self._ticking = bool(self._due)
             if self._ticking:
-                self._loop.call_later(TICK, self._tick)
+                self.loop.call_later(TICK, self._tick)
 
 
 class Timeout:
@@ -58,7 +58,7 @@ class Timeout:
     def __init__(self, deadlines: Deadlines, seconds: float) -> None:
         self._deadlines = deadlines
         self._seconds = seconds
-        self._task = asyncio.current_task()
+        self._task = asyncio.current_task(deadlines.loop)  # to find the loop takes a system call
         self._expired = False
 
     def __enter__(self) -> Self:

@@ -56,18 +56,17 @@ class Gateway:
             return
         record = Record(scope["method"], self._ids.of(scope))
         watch = CallerWatch(receive, self._deadlines)
-        answered = _Started(send)
         try:
             request = self._reader.read(scope)
             record.path, record.caller_address = request.path, request.client
             if request.path.startswith(OWN_PREFIX):
-                await self._own(scope, request, watch.receive, answered, record)
+                await self._own(scope, request, watch.receive, send, record)
             else:
-                await self._forwarder(request, watch.receive, answered, record)
+                await self._forwarder(request, watch.receive, send, record)
         except Refusal as refusal:
-            await _refuse(answered, refusal, record)
+            await _refuse(send, refusal, record)
         except CallerGone:
-            await _refuse(answered, _body_broke_off(), record)  # reaches a caller that is there but framed it wrongly
+            await _refuse(send, _body_broke_off(), record)  # reaches a caller that is there but framed it wrongly
             record.status = _CALLER_GONE
         except asyncio.CancelledError:
             if not watch.gone:
@@ -79,7 +78,7 @@ class Gateway:
             record.error = f"answer cut short: {error}" if str(error) else "the caller stopped reading"
         except Exception:
             logger.exception("request %s failed", record.request_id)
-            await _refuse(answered, Refusal(500, "The proxy failed; its log has the reason."), record)
+            await _refuse(send, Refusal(500, "The proxy failed; its log has the reason."), record)
         finally:
             watch.close()
             if self._log is not None:
@@ -156,27 +155,13 @@ class Gateway:
             self._log.close()
 
 
-class _Started:
-    """Passes messages on, and remembers whether an answer has begun."""
-
-    __slots__ = ("_send", "begun")
-
-    def __init__(self, send: Send) -> None:
-        self._send = send
-        self.begun = False
-
-    def __call__(self, message: dict[str, Any]) -> Any:
-        self.begun = True
-        return self._send(message)
-
-
 def _body_broke_off() -> Refusal:
     return Refusal(400, "The body ended before it was whole, or its chunked coding is not valid.", close=True)
 
 
-async def _refuse(send: _Started, refusal: Refusal, record: Record) -> None:
+async def _refuse(send: Send, refusal: Refusal, record: Record) -> None:
     record.error = refusal.detail or refusal.message
-    if send.begun:
+    if record.status:  # an answer has begun
         return
     status, headers, body = refusal.answer(record.request_id)
     record.status = status

@@ -137,7 +137,8 @@ class Connection(asyncio.Protocol):
             transport.write(head)
             await self._write_slices(transport, memoryview(body), between)
         if not self._head_done and self._error is None:
-            await self._wait(first_byte, "no answer")
+            self._waiter = self._loop.create_future()
+            await self._wait(first_byte, "no answer", self._waiter)
         if self._error is not None and not self._head_done:
             raise self._error
 
@@ -151,17 +152,23 @@ class Connection(asyncio.Protocol):
                 return None
             if self._error is not None:
                 raise self._error
-            await self._wait(between, "no further data")
+            self._waiter = self._loop.create_future()
+            await self._wait(between, "no further data", self._waiter)
         if len(self._chunks) == 1 or len(self._chunks[0]) >= SLICE // 4:
             data = self._chunks.popleft()  # large enough to be worth a send of its own, and a copy less
         else:
             data = b"".join(self._chunks)
             self._chunks.clear()
         self._buffered -= len(data)
-        if self._reading_paused and self._buffered < LOW_WATER and self._transport is not None:
-            self._reading_paused = False
-            if not self._transport.is_closing():
-                self._transport.resume_reading()
+        self._resume_if_low()
+        return data
+
+    def take(self) -> bytes:
+        """All that is left of a complete answer; no waiting."""
+        data = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
+        self._chunks.clear()
+        self._buffered = 0
+        self._resume_if_low()
         return data
 
     def abort(self) -> None:
@@ -171,12 +178,7 @@ class Connection(asyncio.Protocol):
 
     # What waits
 
-    async def _wait(self, seconds: float, what: str) -> None:
-        self._waiter = self._loop.create_future()
-        await self._before(seconds, what, self._waiter)
-        self._waiter = None
-
-    async def _before(self, seconds: float, what: str, future: asyncio.Future[None]) -> None:
+    async def _wait(self, seconds: float, what: str, future: asyncio.Future[None]) -> None:
         self._wait_for = (what, seconds)
         self._deadlines.set(self, seconds, self._expire)
         try:
@@ -207,7 +209,7 @@ class Connection(asyncio.Protocol):
                 return
             transport.write(body[start : start + SLICE])
             if self._drained is not None:
-                await self._before(between, "no room for more of the body", self._drained)
+                await self._wait(between, "no room for more of the body", self._drained)
 
     # asyncio.Protocol
 
@@ -271,6 +273,12 @@ class Connection(asyncio.Protocol):
         self.complete = not self._unparsed
         self._wake()
         self._pause_if_full()
+
+    def _resume_if_low(self) -> None:
+        if self._reading_paused and self._buffered < LOW_WATER and self._transport is not None:
+            self._reading_paused = False
+            if not self._transport.is_closing():
+                self._transport.resume_reading()
 
     def _pause_if_full(self) -> None:
         if self._buffered > HIGH_WATER and not self._reading_paused and self._transport is not None:

@@ -159,6 +159,10 @@ class Sender:
             )
             record.upstream_seconds += time.perf_counter() - started
             record.upstream_request_id = upstream_request_id(connection.headers)
+            if connection.complete and connection.status < 400:  # nearly always: all of it came at once
+                body_read = connection.take()
+                line.pool.release(connection)
+                return Answer(connection.status, connection.headers, None, credentials, offset, body_read)
             answer = Answer(connection.status, connection.headers, connection, credentials, offset)
             if connection.status in aws.STATUSES:
                 answer = await self._judged(answer, connection)

@@ -23,7 +23,7 @@ class CallerWatch:
     def __init__(self, receive: Receive, deadlines: Deadlines) -> None:
         self._receive = receive
         self._deadlines = deadlines
-        self._task = asyncio.current_task()
+        self._task = asyncio.current_task(deadlines.loop)  # to find the loop takes a system call
         self._looking: asyncio.Task[None] | None = None
         self.gone = False
         deadlines.set(self, _PATIENCE, self._begin)
