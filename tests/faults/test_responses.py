@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import threading
 import time
+from collections.abc import Callable
 from http.client import HTTPException
 
 import psutil
@@ -337,3 +338,22 @@ def test_no_thread_or_descriptor_is_left_by_many_requests(steady: Stage) -> None
     while process.num_fds() > before + 2:
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+def _chunked_answer(body: bytes) -> bytes:
+    return CHUNKED + chunked(body)
+
+
+@pytest.mark.parametrize("size", [100, 60 << 10, 300 << 10, 600 << 10, 1600 << 10, 5 << 20])
+@pytest.mark.parametrize("framed", [answer, _chunked_answer], ids=["length", "chunked"])
+def test_a_kept_connection_serves_again_after_any_size(
+    steady: Stage, size: int, framed: Callable[[bytes], bytes]
+) -> None:
+    """Large bodies pause the socket and pass the parser by; neither may outlast the answer."""
+    large, small = bytes(range(256)) * (size // 256 + 1), b'{"small": true}'
+    given = iter([large, small, large, small, large, small])
+    steady.upstream.script = lambda peer, _: peer.send(framed(next(given)))
+    for expected in [large, small] * 3:
+        got = steady.call()
+        assert (got.status, got.body) == (200, expected)
+    assert steady.upstream.connections <= 1  # none if one was kept from before
