@@ -66,6 +66,7 @@ _NOTED_HEADERS = frozenset(
     {b"host", b"content-length", b"transfer-encoding", b"connection", b"origin", b"sec-fetch-site"}
 )
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+_COMMON_METHODS = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"})
 _METHOD = re.compile(r"[A-Z]{1,32}")
 _REFUSED_METHODS = frozenset({"CONNECT", "TRACE", "TRACK"})
 _HOST = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::\d{1,5})?")
@@ -119,7 +120,7 @@ class RequestReader:
         if len(raw_path) + len(raw_query) > self._url_limit:
             raise Refusal(414, f"The URL is longer than {self._url_limit} bytes (server.url_limit).", close=True)
         method = scope["method"]
-        if method in _REFUSED_METHODS or not _METHOD.fullmatch(method):
+        if method not in _COMMON_METHODS and (method in _REFUSED_METHODS or not _METHOD.fullmatch(method)):
             raise Refusal(501, f"The method {method[:32]!r} is not one that MLflow has.", close=True)
         passed, noted = self._sort_headers(scope["headers"])
         host = self._host(noted)
@@ -128,18 +129,12 @@ class RequestReader:
         length = _content_length(noted)
         if b"transfer-encoding" in noted and noted[b"transfer-encoding"] != [b"chunked"]:
             _refuse_coding(noted[b"transfer-encoding"])
+        has_body = bool(length) or b"transfer-encoding" in noted or (length is None and scope["http_version"] == "2")
+        query = canonical_query(raw_query) if raw_query else ""
+        content_type = _content_type(passed) if passed else ""
         client, scheme = self._client(scope)
         return Request(
-            method=method,
-            path=canonical_path(raw_path),
-            query=canonical_query(raw_query) if raw_query else "",
-            headers=passed,
-            content_type=_content_type(passed),
-            content_length=length,
-            has_body=bool(length) or b"transfer-encoding" in noted or (length is None and scope["http_version"] == "2"),
-            client=client,
-            scheme=scheme,
-            host=host,
+            method, canonical_path(raw_path), query, passed, content_type, length, has_body, client, scheme, host
         )
 
     def _sort_headers(

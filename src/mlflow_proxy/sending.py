@@ -72,12 +72,42 @@ class Sender:
     async def send(self, target: Target, request: Request, path: str, body: Payload, record: Record) -> Answer:
         """The answer to one request; `done` takes back what it holds. Raises Refusal when there is none to be had."""
         line = self._lines[target.name]
-        answer = await self._answered(line, request, path, body, record)
-        if answer.error is not None or answer.status >= 500:
-            self.last_success.pop(target.name, None)
-        elif answer.status < 400:
+        attempt, corrected = 0, False
+        while True:
+            throttled = False
+            try:
+                answer = await self._attempt(line, request, path, body, record)
+            except UpstreamError as error:
+                pause = retries.delay(attempt + 1)
+                may_repeat = retries.may_repeat(error, request.method)
+                if not may_repeat or attempt >= self._upstream.retries or self._too_late(record, pause):
+                    self.last_success.pop(target.name, None)
+                    raise _refusal(target, error) from error
+            else:
+                if answer.error is None:
+                    self._note(target, answer)
+                    return answer
+                throttled = answer.error.throttled
+                pause = retries.delay(attempt + 1, throttled=True) if throttled else 0.0
+                if throttled and (attempt >= self._upstream.retries or self._too_late(record, pause)):
+                    return answer
+                if not throttled and (corrected or not await self._corrected(line, answer)):
+                    self._note(target, answer)
+                    return answer
+                corrected = corrected or not throttled
+            attempt += 1
+            record.retries += 1
+            await asyncio.sleep(pause)
+
+    def _too_late(self, record: Record, pause: float) -> bool:
+        """Whether another attempt after `pause` seconds would come after the deadline for an answer."""
+        return time.perf_counter() + pause > record.started + self._upstream.first_byte_timeout
+
+    def _note(self, target: Target, answer: Answer) -> None:
+        if answer.status < 400:
             self.last_success[target.name] = time.monotonic()
-        return answer
+        elif answer.error is not None or answer.status >= 500:
+            self.last_success.pop(target.name, None)
 
     def done(self, target: Target, connection: Connection) -> None:
         """Take back an answer's connection, which may serve again if the answer was read whole."""
@@ -108,34 +138,6 @@ class Sender:
         """Close the connections to all targets."""
         for line in self._lines.values():
             line.pool.close()
-
-    async def _answered(self, line: Line, request: Request, path: str, body: Payload, record: Record) -> Answer:
-        """Sign and send until there is an answer to relay. Raises Refusal when there is none to be had."""
-        give_up = time.monotonic() + self._upstream.first_byte_timeout
-        attempt, corrected = 0, False
-        while True:
-            throttled = False
-            try:
-                answer = await self._attempt(line, request, path, body, record)
-            except UpstreamError as error:
-                pause = retries.delay(attempt + 1)
-                in_time = attempt < self._upstream.retries and time.monotonic() + pause < give_up
-                if not (in_time and retries.may_repeat(error, request.method)):
-                    self.last_success.pop(line.target.name, None)
-                    raise _refusal(line.target, error) from error
-            else:
-                if answer.error is None:
-                    return answer
-                throttled = answer.error.throttled
-                pause = retries.delay(attempt + 1, throttled=True) if throttled else 0.0
-                if throttled and (attempt >= self._upstream.retries or time.monotonic() + pause > give_up):
-                    return answer
-                if not throttled and (corrected or not await self._corrected(line, answer)):
-                    return answer
-                corrected = corrected or not throttled
-            attempt += 1
-            record.retries += 1
-            await asyncio.sleep(pause)
 
     async def _attempt(self, line: Line, request: Request, path: str, body: Payload, record: Record) -> Answer:
         """One request on one connection, which is given back here unless the answer still needs it."""

@@ -24,7 +24,10 @@ class Payload(NamedTuple):
     @classmethod
     def of(cls, data: bytes) -> Payload:
         """Hash `data`."""
-        return cls(data, payload_hash(data))
+        return cls(data, payload_hash(data)) if data else NO_PAYLOAD
+
+
+NO_PAYLOAD = Payload(b"", payload_hash(b""))
 
 
 class SigningCredentials(Protocol):
@@ -81,5 +84,4 @@ class Signer:
             f"{self._arn[0]}: {self._arn[1]}\r\nauthorization: {authorization}\r\n"
             f"x-request-id: {request_id}\r\n"
         )
-        passed = b"".join([b"%b: %b\r\n" % pair for pair in request.headers])
-        return b"%b%b\r\n" % (own.encode("ascii"), passed)
+        return b"".join([own.encode("ascii"), *[b"%b: %b\r\n" % pair for pair in request.headers], b"\r\n"])

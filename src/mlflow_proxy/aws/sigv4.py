@@ -45,8 +45,8 @@ def canonical_request(
     method: str, path: str, query: str, headers: list[tuple[str, str]], hashed_payload: str
 ) -> tuple[str, str]:
     """Canonical request and signed header names. `headers`: lower-case names in order, values without outer spaces."""
-    signed = ";".join([name for name, _ in headers])
-    lines = "".join([f"{name}:{value}\n" for name, value in headers])
+    signed = ";".join([header[0] for header in headers])
+    lines = "".join(["%s:%s\n" % header for header in headers])  # noqa: UP031  (quicker than unpacking)
     return (
         f"{method}\n{canonical_uri(path)}\n{canonical_query(query)}\n{lines}\n{signed}\n{hashed_payload}",
         signed,
@@ -58,13 +58,37 @@ def string_to_sign(amz_date: str, scope: str, canonical: str) -> str:
     return f"{ALGORITHM}\n{amz_date}\n{scope}\n{hashlib.sha256(canonical.encode()).hexdigest()}"
 
 
-@lru_cache(maxsize=64)
 def signing_key(secret_key: str, day: str, region: str, service: str) -> bytes:
-    """The derived key; it stays the same for a day, region, service and secret, and costs four HMACs to make."""
+    """The derived key of a day, region, service and secret."""
     key = f"AWS4{secret_key}".encode()
     for part in (day, region, service, "aws4_request"):
         key = hmac.digest(key, part.encode(), "sha256")
     return key
+
+
+class SigningKey:
+    """A derived key, ready to sign: the two blocks of HMAC are hashed once (RFC 2104 section 4), not each time."""
+
+    __slots__ = ("_inner", "_outer")
+
+    def __init__(self, key: bytes) -> None:
+        block = key.ljust(64, b"\0")  # derived keys are 32 bytes, SHA-256 works on 64
+        self._inner = hashlib.sha256(bytes(byte ^ 0x36 for byte in block))
+        self._outer = hashlib.sha256(bytes(byte ^ 0x5C for byte in block))
+
+    def sign(self, text: str) -> str:
+        """HMAC-SHA256 of `text`, in hex."""
+        inner = self._inner.copy()
+        inner.update(text.encode())
+        outer = self._outer.copy()
+        outer.update(inner.digest())
+        return outer.hexdigest()
+
+
+@lru_cache(maxsize=64)
+def key_for(secret_key: str, day: str, region: str, service: str) -> SigningKey:
+    """The key that signs on `day`; kept, since it stays the same for a day, region, service and secret."""
+    return SigningKey(signing_key(secret_key, day, region, service))
 
 
 @lru_cache(maxsize=8)
@@ -94,6 +118,5 @@ def sign(
     day = amz_date[:8]
     canonical, signed = canonical_request(method, path, query, headers, hashed_payload)
     scope = f"{day}/{region}/{service}/aws4_request"
-    key = signing_key(secret_key, day, region, service)
-    signature = hmac.digest(key, string_to_sign(amz_date, scope, canonical).encode(), "sha256").hex()
+    signature = key_for(secret_key, day, region, service).sign(string_to_sign(amz_date, scope, canonical))
     return f"{ALGORITHM} Credential={access_key}/{scope}, SignedHeaders={signed}, Signature={signature}"
