@@ -170,7 +170,7 @@ class Check:
         error = answer.error
         if error is not None and error.type not in ("AccessDeniedException", "ThrottlingException"):
             return [
-                Step("signature", False, f"refused: {error.type} {error.message}", error.refusal().message),
+                Step("signature", False, f"refused: {error.type} {error.message}", error.advice),
                 self._clock(answer),
             ]
         return [Step("signature", True, "accepted"), self._permission(answer), self._clock(answer)]

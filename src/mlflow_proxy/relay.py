@@ -139,14 +139,15 @@ async def relay(
         await _send_piece(send, b"", deadlines, between)
     if not data and not connection.drained:
         data = await connection.read(between) or b""
-    while not connection.drained:
+    while True:
         sent(len(data))
-        await _send_piece(send, data, deadlines, between)
+        more = not connection.drained
+        await _send_piece(send, data, deadlines, between, more=more)
+        if not more:
+            return
         data = await connection.read(between) or b""
-    sent(len(data))
-    await send({"type": "http.response.body", "body": data, "more_body": False})
 
 
-async def _send_piece(send: Send, data: bytes, deadlines: Deadlines, seconds: float) -> None:
+async def _send_piece(send: Send, data: bytes, deadlines: Deadlines, seconds: float, *, more: bool = True) -> None:
     with Timeout(deadlines, seconds):
-        await send({"type": "http.response.body", "body": data, "more_body": True})
+        await send({"type": "http.response.body", "body": data, "more_body": more})

@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 # How long a request waits for renewed credentials after the service called its own ones expired, in seconds.
 _RENEWAL_WAIT = 10.0
+# A repetition gets at least this long for its answer, in seconds.
+_LEAST_WAIT = 1.0
 
 
 class Answer(NamedTuple):
@@ -103,6 +105,13 @@ class Sender:
         """Whether another attempt after `pause` seconds would come after the deadline for an answer."""
         return time.perf_counter() + pause > record.started + self._upstream.first_byte_timeout
 
+    def _time_left(self, record: Record) -> float:
+        """Seconds that this attempt may wait for its answer: a repetition gets what the first one left."""
+        limit = self._upstream.first_byte_timeout
+        if not record.retries:
+            return limit
+        return max(_LEAST_WAIT, record.started + limit - time.perf_counter())
+
     def _note(self, target: Target, answer: Answer) -> None:
         if answer.status < 400:
             self.last_success[target.name] = time.monotonic()
@@ -156,7 +165,7 @@ class Sender:
                 head,
                 body.data,
                 head_request=request.method == "HEAD",
-                first_byte=self._upstream.first_byte_timeout,
+                first_byte=self._time_left(record),
                 between=self._upstream.idle_timeout,
             )
             record.upstream_seconds += time.perf_counter() - started

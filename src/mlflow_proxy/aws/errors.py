@@ -22,11 +22,11 @@ _EXPIRED = frozenset({"ExpiredTokenException", "ExpiredToken", "UnrecognizedClie
 _THROTTLED = frozenset({"ThrottlingException", "Throttling", "TooManyRequestsException", "RequestLimitExceeded"})
 _ADVICE = {
     "AccessDeniedException": "Grant the action to the IAM identity that this proxy signs with.",
-    "InvalidSignatureException": "Check this proxy's clock, credentials and the target's ARN: mlflow-proxy check.",
-    "MissingAuthenticationTokenException": "Check the target's endpoint: mlflow-proxy check.",
-    "ExpiredTokenException": "Renew the credentials of this proxy: mlflow-proxy check.",
-    "UnrecognizedClientException": "Renew the credentials of this proxy: mlflow-proxy check.",
-    "ResourceNotFoundException": "Check the target's ARN and whether it still exists: mlflow-proxy check.",
+    "InvalidSignatureException": "Check this proxy's clock, its credentials, and the target's ARN and region.",
+    "MissingAuthenticationTokenException": "Check the target's endpoint.",
+    "ExpiredTokenException": "Renew the credentials of this proxy.",
+    "UnrecognizedClientException": "Renew the credentials of this proxy, or set those of the right account.",
+    "ResourceNotFoundException": "Check the target's ARN, and whether it still exists.",
     "ThrottlingException": "Send requests more slowly, and try again later.",
 }
 _CODES = {400: "BAD_REQUEST", 403: "PERMISSION_DENIED", 404: "RESOURCE_DOES_NOT_EXIST"}
@@ -49,13 +49,19 @@ class AwsError(NamedTuple):
         """The request was refused for its credentials, which may have been renewed meanwhile."""
         return self.type in _EXPIRED
 
+    @property
+    def advice(self) -> str:
+        """What its operator can do; empty if nothing particular is known."""
+        return _ADVICE.get(self.type, "")
+
     def refusal(self) -> Refusal:
         """The same in MLflow's shape, with advice, for a caller that knows nothing of AWS."""
         words = f"SageMaker MLflow answered {self.type}: {self.message.rstrip('.') or 'no message'}."
-        advice = _ADVICE.get(self.type)
         if self.throttled:
             return Refusal(429, f"{words} {_ADVICE['ThrottlingException']}", retry_after=1)
-        return Refusal(self.status, f"{words} {advice}" if advice else words, error_code=_CODES.get(self.status))
+        if self.advice:
+            words = f"{words} {self.advice} On its host, `mlflow-proxy check` tells more."
+        return Refusal(self.status, words, error_code=_CODES.get(self.status))
 
 
 def aws_error(status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> AwsError | None:
