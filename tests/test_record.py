@@ -173,11 +173,9 @@ def test_lines_come_without_close() -> None:
     log.close()
 
 
-def test_close_is_quick_and_ends_the_thread() -> None:
+def test_close_ends_the_thread() -> None:
     log = RequestLog(as_json=True, stream=io.StringIO())
-    started = time.monotonic()
     log.close()
-    assert time.monotonic() - started < 1
     assert not log._thread.is_alive()
 
 

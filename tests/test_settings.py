@@ -380,9 +380,15 @@ def test_environment_is_part_of_what_is_checked_together(write: Write) -> None:
     assert [problem.split(":")[0] for problem in problems] == ["server.port", "server.host"]
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "127.8.9.10"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "127.8.9.10"])
 def test_loopback_needs_no_consent(write: Write, host: str) -> None:
     assert load(write(f'[server]\nhost = "{host}"\n{TARGET}'), {}).listens_on_loopback
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.evil.example", "proxy.internal", ""])
+def test_listening_takes_an_address(write: Write, host: str) -> None:
+    with pytest.raises(SettingsError, match=r"server\.host: '.*' is not an address to listen on"):
+        load(write(f'[server]\nhost = "{host}"\n{TARGET}'), {})
 
 
 @pytest.mark.parametrize(

@@ -39,17 +39,19 @@ class Bodies:
         self._timeout = server.body_timeout
         self.held = 0
 
-    async def collect(self, request: Request, receive: Receive) -> bytes:
-        """The whole body. What it returns stays counted until `release` is called with its length.
+    async def collect(self, request: Request, receive: Receive, *, limit: int | None = None) -> bytes:
+        """The whole body, up to `limit` bytes (None: the configured limit). It counts until `release` is called with
+        its length.
 
         Raises Refusal 413, 503 or 408, and CallerGone; then nothing stays counted.
         """
         declared = request.content_length
-        if declared is not None and declared > self._limit:
-            raise self._too_large()
+        limit = self._limit if limit is None else limit
+        if declared is not None and declared > limit:
+            raise self._too_large(limit)
         chunks: list[bytes | bytearray] = []
         size = 0
-        reserved = self._reserve(declared or 0)
+        reserved = 0
         try:
             with Timeout(self._deadlines, self._timeout) as deadline:
                 started = time.monotonic()
@@ -59,14 +61,15 @@ class Bodies:
                         raise CallerGone
                     chunk = message.get("body", b"")
                     size += len(chunk)
-                    if size > self._limit:
-                        raise self._too_large()
-                    if size > reserved:
+                    if size > limit:
+                        raise self._too_large(limit)
+                    if size > reserved:  # as bytes arrive: a stated length costs its sender nothing
                         reserved += self._reserve(size - reserved)
                     _keep(chunks, chunk)
                     if size == declared or not message.get("more_body"):
                         break
-                    deadline.extend(started + self._timeout + size / SLOWEST_RATE - time.monotonic())
+                    whole = started + self._timeout + size / SLOWEST_RATE - time.monotonic()
+                    deadline.extend(min(self._timeout, whole))
         except TimeoutError:
             self.held -= reserved
             raise Refusal(
@@ -82,6 +85,10 @@ class Bodies:
         """A body of `size` bytes is no longer needed."""
         self.held -= size
 
+    def _too_large(self, limit: int) -> Refusal:
+        option = " (server.body_limit)" if limit == self._limit else ""
+        return Refusal(413, f"The body is larger than {limit} bytes{option}. Send smaller batches.", close=True)
+
     def _reserve(self, size: int) -> int:
         if self.held + size > self._budget:
             raise Refusal(
@@ -93,10 +100,9 @@ class Bodies:
         self.held += size
         return size
 
-    def _too_large(self) -> Refusal:
-        return Refusal(
-            413, f"The body is larger than {self._limit} bytes (server.body_limit). Send smaller batches.", close=True
-        )
+
+def _too_large(limit: int) -> Refusal:
+    return Refusal(413, f"The body is larger than {limit} bytes. Send smaller batches.", close=True)
 
 
 def _keep(chunks: list[bytes | bytearray], chunk: bytes) -> None:

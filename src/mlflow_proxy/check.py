@@ -32,6 +32,20 @@ from mlflow_proxy.upstream import tls_context
 _NOTABLE_SKEW = 30.0
 _FATAL_SKEW = 300.0
 
+# What says that the signature itself was refused; after any other error it was accepted.
+SIGNATURE_ERRORS = frozenset(
+    {
+        "ExpiredTokenException",
+        "IncompleteSignatureException",
+        "InvalidClientTokenId",
+        "InvalidSignatureException",
+        "MissingAuthenticationTokenException",
+        "RequestTimeTooSkewed",
+        "SignatureDoesNotMatch",
+        "UnrecognizedClientException",
+    }
+)
+
 _MARKS = {True: ("✓", "green"), False: ("✗", "red"), None: ("?", "yellow")}
 
 
@@ -168,7 +182,7 @@ class Check:
         except (Refusal, UpstreamError) as failure:
             return [Step("signature", False, "no answer", str(failure))]
         error = answer.error
-        if error is not None and error.type not in ("AccessDeniedException", "ThrottlingException"):
+        if error is not None and error.type in SIGNATURE_ERRORS:
             return [
                 Step("signature", False, f"refused: {error.type} {error.message}", error.advice),
                 self._clock(answer),
@@ -176,6 +190,8 @@ class Check:
         return [Step("signature", True, "accepted"), self._permission(answer), self._clock(answer)]
 
     def _permission(self, answer: Answer) -> Step:
+        if answer.error is not None and answer.error.type != "AccessDeniedException":
+            return Step("permission", None, f"{answer.error.type}: {answer.error.message}", answer.error.advice)
         if answer.error is not None:
             action = "CallMlflowAppApi" if self._target.arn.mode is Mode.APP else "SearchExperiments"
             service = "sagemaker" if self._target.arn.mode is Mode.APP else "sagemaker-mlflow"
@@ -206,13 +222,17 @@ class Check:
             )
         except (PresignError, CredentialsUnavailable) as error:
             return [Step("server", None, "SageMaker does not tell its state", str(error))]
-        advice = (
-            "" if told.running else "Start it in the SageMaker console, or: aws sagemaker start-mlflow-tracking-server"
-        )
+        advice = "" if told.running else _start_advice(self._target)
         return [
             Step("server", told.running, f"{told.name} is {told.status}", advice),
             _version(told.version, _installed_client()),
         ]
+
+
+def _start_advice(target: Target) -> str:
+    if target.arn.mode is Mode.APP:
+        return "See its state in the SageMaker console."
+    return f"aws sagemaker start-mlflow-tracking-server --tracking-server-name {target.arn.resource}"
 
 
 def _installed_client() -> str | None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from mlflow_proxy.bodies import Bodies, Receive
 from mlflow_proxy.deadlines import Deadlines
 from mlflow_proxy.relay import Send, downstream_headers, relay, send_whole
 from mlflow_proxy.requests import Request
 from mlflow_proxy.routing import Routes
 from mlflow_proxy.sending import Sender
-from mlflow_proxy.signing import Payload
+from mlflow_proxy.signing import NO_PAYLOAD, Payload
 from mlflow_proxy.telemetry.record import Record
+
+# Bodies from this size on are hashed in a thread, lest all other requests wait for it.
+_LARGE = 1 << 20
 
 
 class Forwarder:
@@ -36,21 +41,22 @@ class Forwarder:
         record.bytes_in = len(data)
         try:
             # 6 sign, 7 send
-            answer = await self._sender.send(route.target, request, route.path, Payload.of(data), record)
+            body = Payload.of(data) if len(data) < _LARGE else await asyncio.to_thread(Payload.of, data)
+            answer = await self._sender.send(route.target, request, route.path, body, record)
         finally:
             self._bodies.release(len(data))
-            del data
-        if answer.error is not None:
-            raise answer.error.refusal()
+            data, body = b"", NO_PAYLOAD  # a long answer must not hold them
         # 8 relay
-        headers = downstream_headers(answer.headers, route.target.endpoint, route.prefix)
-        headers.append((b"x-request-id", record.request_id.encode("ascii")))
-        record.status = answer.status
-        if answer.connection is None:
-            record.add_bytes_out(len(answer.body))
-            await send_whole(send, answer.status, headers, answer.body)
-            return
         try:
+            if answer.error is not None:
+                raise answer.error.refusal()
+            headers = downstream_headers(answer.headers, route.target.endpoint, route.prefix)
+            headers.append((b"x-request-id", record.request_id.encode("ascii")))
+            record.status = answer.status
+            if answer.connection is None:
+                record.add_bytes_out(len(answer.body))
+                await send_whole(send, answer.status, headers, answer.body)
+                return
             await relay(
                 answer.connection,
                 answer.body,
@@ -61,5 +67,6 @@ class Forwarder:
                 sent=record.add_bytes_out,
             )
         finally:
-            self._sender.done(route.target, answer.connection)
+            if answer.connection is not None:
+                self._sender.done(route.target, answer.connection)
         # 9 record: the gateway does it, whatever became of the request.

@@ -12,6 +12,7 @@ import os
 import sys
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote_from_bytes
 
 from mlflow_proxy import __version__, configuration
 from mlflow_proxy.aws.credentials import CredentialStore
@@ -34,6 +35,10 @@ _HEALTH_PATH = b"/-/health"
 _HEALTH = b'{"status": "ok"}\n'
 # nginx's word for a request whose caller went away; only the log sees it.
 _CALLER_GONE = 499
+# Of a refused path, so much is logged.
+_LOGGED_PATH = 256
+# No page of the proxy's own takes more.
+_OWN_BODY_LIMIT = 16 * 1024
 
 
 class Gateway:
@@ -57,6 +62,7 @@ class Gateway:
         record = Record(scope["method"], self._ids.of(scope))
         watch = CallerWatch(receive, self._deadlines)
         try:
+            record.caller_address = scope["client"][0] if scope.get("client") else ""
             request = self._reader.read(scope)
             record.path, record.caller_address = request.path, request.client
             if request.path.startswith(OWN_PREFIX):
@@ -64,6 +70,7 @@ class Gateway:
             else:
                 await self._forwarder(request, watch.receive, send, record)
         except Refusal as refusal:
+            record.path = record.path or quote_from_bytes(scope["raw_path"][:_LOGGED_PATH], safe="/")
             await _refuse(send, refusal, record)
         except CallerGone:
             await _refuse(send, _body_broke_off(), record)  # reaches a caller that is there but framed it wrongly
@@ -89,9 +96,8 @@ class Gateway:
         their few threads ever waits for a caller.
         """
         record.target = "-"
-        body = await self._bodies.collect(request, receive) if request.has_body else b""
+        body = await self._bodies.collect(request, receive, limit=_OWN_BODY_LIMIT) if request.has_body else b""
         record.bytes_in = len(body)
-        self._bodies.release(len(body))
         own = {
             **scope,
             "path": request.path,
@@ -114,7 +120,10 @@ class Gateway:
         async def received() -> dict[str, Any]:
             return {"type": "http.request", "body": body, "more_body": False}
 
-        await self._portal(own, received, recorded)
+        try:
+            await self._portal(own, received, recorded)
+        finally:
+            self._bodies.release(len(body))
 
     async def _live(self, receive: Receive, send: Send) -> None:
         await receive()

@@ -133,7 +133,9 @@ def _url_problems(data: dict[str, Any]) -> Iterator[str]:
             except TargetError as error:
                 yield f"{section}.{name}: {_without_password(repr(value))} {error}"
     proxy = _table(data, "upstream").get("proxy")
-    if isinstance(proxy, str) and not re.fullmatch(r"http://([^/@\s]+@)?[^/@\s]+:\d+/?", proxy):
+    if isinstance(proxy, str) and not (
+        (match := re.fullmatch(r"http://([^/@\s]+@)?[^/@\s]+:([0-9]{1,5})/?", proxy)) and 0 < int(match[2]) < 65536
+    ):
         yield "upstream.proxy: is not a proxy's URL; write http://host:port or http://user:password@host:port"
 
 

@@ -23,6 +23,8 @@ from mlflow_proxy.targets import Target
 PROBE_BODY = b'{"max_results": 1}'
 # A target that just failed is not asked again at once, whoever polls, in seconds.
 _FAILURE_AGE = 2.0
+# Well below what pages wait, so that one silent target does not hide the others' states, in seconds.
+_PROBE_DEADLINE = 8.0
 
 
 class Readiness:
@@ -73,7 +75,10 @@ class Readiness:
     async def _probe(self, target: Target) -> str | None:
         """Send a signed request; None if MLflow answered it."""
         try:
-            answer = await self._sender.ask(target, PROBE, Payload.of(PROBE_BODY))
+            async with asyncio.timeout(_PROBE_DEADLINE):
+                answer = await self._sender.ask(target, PROBE, Payload.of(PROBE_BODY))
+        except TimeoutError:
+            return f"no answer within {_PROBE_DEADLINE:g} s"
         except (Refusal, UpstreamError) as error:
             return str(error)
         if answer.error is not None:

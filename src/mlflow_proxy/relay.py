@@ -45,6 +45,7 @@ DROPPED_HEADERS = frozenset(
     }
 )
 _AWS_PREFIXES = (b"x-amz-", b"x-amzn-")
+_SLASHES = "/\\\t\r\n "
 # What Connection most often holds, which names no header of the answer.
 _NO_NAMES = frozenset({b"keep-alive", b"close"})
 _LOCATIONS = frozenset({b"location", b"content-location"})
@@ -88,9 +89,10 @@ def rewrite_location(location: str, endpoint: Endpoint, prefix: str) -> str:
             return location
         # One slash, lest what follows be read as another host's name.
         location = "/" + rest.lstrip("/\\")
-    if not location.startswith("/") or location.startswith("//"):
+    if not location.startswith("/"):
         return location
-    return prefix + location
+    # Browsers take backslashes for slashes, leave out white space, and read a second slash as another host's name.
+    return f"{prefix}/{location.lstrip(_SLASHES)}"
 
 
 def _authorities(endpoint: Endpoint, scheme: str | None) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from mlflow_proxy import retries
 from mlflow_proxy.aws import errors as aws
 from mlflow_proxy.aws.credentials import Credentials, CredentialStore, CredentialsUnavailable
-from mlflow_proxy.deadlines import Deadlines
+from mlflow_proxy.deadlines import Deadlines, Timeout
 from mlflow_proxy.errors import Refusal
 from mlflow_proxy.http1 import AnswerTimeout, Connection, UpstreamError
 from mlflow_proxy.relay import Headers, upstream_request_id
@@ -66,6 +66,7 @@ class Sender:
         self, targets: Iterable[Target], upstream: Upstream, credentials: CredentialStore, deadlines: Deadlines
     ) -> None:
         self._upstream = upstream
+        self._deadlines = deadlines
         self._credentials = credentials
         self._lines = {t.name: Line(t, Pool(t, upstream, deadlines), Signer(t)) for t in targets}
         # By target, on the monotonic clock: when it last answered as it should; gone after a failure.
@@ -75,14 +76,15 @@ class Sender:
         """The answer to one request; `done` takes back what it holds. Raises Refusal when there is none to be had."""
         line = self._lines[target.name]
         attempt, corrected = 0, False
+        give_up = time.perf_counter() + self._upstream.first_byte_timeout
         while True:
             throttled = False
             try:
-                answer = await self._attempt(line, request, path, body, record)
+                answer = await self._attempt(line, request, path, body, record, give_up=give_up)
             except UpstreamError as error:
                 pause = retries.delay(attempt + 1)
                 may_repeat = retries.may_repeat(error, request.method)
-                if not may_repeat or attempt >= self._upstream.retries or self._too_late(record, pause):
+                if not may_repeat or attempt >= self._upstream.retries or time.perf_counter() + pause > give_up:
                     self.last_success.pop(target.name, None)
                     raise _refusal(target, error) from error
             else:
@@ -91,7 +93,7 @@ class Sender:
                     return answer
                 throttled = answer.error.throttled
                 pause = retries.delay(attempt + 1, throttled=True) if throttled else 0.0
-                if throttled and (attempt >= self._upstream.retries or self._too_late(record, pause)):
+                if throttled and (attempt >= self._upstream.retries or time.perf_counter() + pause > give_up):
                     return answer
                 if not throttled and (corrected or not await self._corrected(line, answer)):
                     self._note(target, answer)
@@ -100,17 +102,6 @@ class Sender:
             attempt += 1
             record.retries += 1
             await asyncio.sleep(pause)
-
-    def _too_late(self, record: Record, pause: float) -> bool:
-        """Whether another attempt after `pause` seconds would come after the deadline for an answer."""
-        return time.perf_counter() + pause > record.started + self._upstream.first_byte_timeout
-
-    def _time_left(self, record: Record) -> float:
-        """Seconds that this attempt may wait for its answer: a repetition gets what the first one left."""
-        limit = self._upstream.first_byte_timeout
-        if not record.retries:
-            return limit
-        return max(_LEAST_WAIT, record.started + limit - time.perf_counter())
 
     def _note(self, target: Target, answer: Answer) -> None:
         if answer.status < 400:
@@ -148,7 +139,9 @@ class Sender:
         for line in self._lines.values():
             line.pool.close()
 
-    async def _attempt(self, line: Line, request: Request, path: str, body: Payload, record: Record) -> Answer:
+    async def _attempt(
+        self, line: Line, request: Request, path: str, body: Payload, record: Record, *, give_up: float
+    ) -> Answer:
         """One request on one connection, which is given back here unless the answer still needs it."""
         try:
             credentials = self._credentials.get(line.target)
@@ -165,7 +158,7 @@ class Sender:
                 head,
                 body.data,
                 head_request=request.method == "HEAD",
-                first_byte=self._time_left(record),
+                first_byte=max(_LEAST_WAIT, give_up - time.perf_counter()),
                 between=self._upstream.idle_timeout,
             )
             record.upstream_seconds += time.perf_counter() - started
@@ -188,10 +181,15 @@ class Sender:
     async def _judged(self, answer: Answer, connection: Connection) -> Answer:
         """Read a short error answer whole, to tell AWS's own errors, which may hold secrets, from MLflow's."""
         body = b""
-        while not connection.drained:
-            body += await connection.read(self._upstream.idle_timeout) or b""
-            if len(body) > aws.SIZE_LIMIT:
-                return answer._replace(body=body)
+        try:
+            with Timeout(self._deadlines, self._upstream.idle_timeout):
+                while not connection.drained and len(body) <= aws.SIZE_LIMIT:
+                    body += await connection.read(self._upstream.idle_timeout) or b""
+        except TimeoutError:
+            raise AnswerTimeout(f"no whole error within {self._upstream.idle_timeout:g} s", begun=True) from None
+        if not connection.drained:
+            error = aws.aws_error(answer.status, answer.headers, b"")  # by its header alone
+            return answer._replace(body=body) if error is None else answer._replace(connection=None, error=error)
         return answer._replace(connection=None, body=body, error=aws.aws_error(answer.status, answer.headers, body))
 
     async def _corrected(self, line: Line, answer: Answer) -> bool:

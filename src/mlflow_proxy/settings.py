@@ -35,10 +35,12 @@ class Section(BaseModel):
 class Server(Section):
     """Where the proxy listens, and what it accepts from callers."""
 
-    host: str = Field("127.0.0.1", description="Address to listen on.")
+    host: str = Field("127.0.0.1", description="IP address to listen on.")
     port: int = Field(8080, ge=1, le=65535, description="Port to listen on.")
     workers: int = Field(
-        default_factory=lambda: min(4, len(os.sched_getaffinity(0))),
+        default_factory=lambda: min(
+            4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        ),
         ge=1,
         le=64,
         description="Worker processes. Default: one per CPU, at most 4.",
@@ -80,7 +82,11 @@ class Server(Section):
         description="Seconds for a caller to send the headers of a request, and that a kept connection may be unused. "
         "Longer than the load balancer's own idle timeout, lest it use a connection that just closed.",
     )
-    body_timeout: Seconds = Field(30.0, description="Seconds that a caller may pause while it sends a body; then 408.")
+    body_timeout: Seconds = Field(
+        30.0,
+        description="Seconds that a caller may pause while it sends a body, and that the whole may take, with one "
+        "more for each 16 KiB of it; then 408.",
+    )
     connections: int = Field(
         4096, ge=16, le=65536, description="Connections that one worker holds at once; further ones wait in the kernel."
     )
@@ -90,6 +96,15 @@ class Server(Section):
     ready_max_age: Seconds = Field(
         30.0, description="/-/ready calls the target again when its last signed answer is older, in seconds."
     )
+
+    @field_validator("host")
+    @classmethod
+    def _address(cls, value: str) -> str:
+        try:
+            ip_address(value)
+        except ValueError:
+            raise ValueError("is not an address to listen on; write one like 127.0.0.1, ::1 or 0.0.0.0") from None
+        return value
 
     @field_validator("allowed_hosts")
     @classmethod
@@ -116,7 +131,9 @@ class Upstream(Section):
     """How requests travel from the proxy to SageMaker."""
 
     connect_timeout: Seconds = Field(5.0, description="Seconds to connect, TLS handshake included.")
-    first_byte_timeout: Seconds = Field(60.0, description="Seconds from the sent request to its first answer byte.")
+    first_byte_timeout: Seconds = Field(
+        60.0, description="Seconds from the sent request to its first answer byte, all attempts together."
+    )
     idle_timeout: Seconds = Field(60.0, description="Seconds between two chunks, while sending or receiving.")
     connections: int = Field(128, ge=1, le=4096, description="Connections per target and worker.")
     pending: int = Field(

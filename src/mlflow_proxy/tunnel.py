@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import re
 import ssl
 from typing import cast
 from urllib.parse import unquote, urlsplit
@@ -11,6 +12,7 @@ from urllib.parse import unquote, urlsplit
 from mlflow_proxy.http1 import Connection
 
 _ANSWER_LIMIT = 64 * 1024
+_SUCCESS = re.compile(r"HTTP/1\.\d 2\d\d(?: |$)")  # any 2xx opens the tunnel
 
 
 async def open_tunnel(
@@ -23,10 +25,9 @@ async def open_tunnel(
     loop = asyncio.get_running_loop()
     parts = urlsplit(proxy)
     request = _request(host, port, parts.username, parts.password)
-    transport, tunnel = await loop.create_connection(
-        lambda: _Tunnel(loop, request), parts.hostname or "", parts.port or 80
-    )
+    tunnel = _Tunnel(loop, request)
     try:
+        transport, _ = await loop.create_connection(lambda: tunnel, parts.hostname or "", parts.port or 80)
         await tunnel.opened
         if tls is None:
             transport.set_protocol(connection)
@@ -39,7 +40,7 @@ async def open_tunnel(
         connection.connection_made(secured)
         return connection
     except BaseException:
-        transport.abort()
+        tunnel.abort()
         raise
 
 
@@ -58,10 +59,18 @@ class _Tunnel(asyncio.Protocol):
     def __init__(self, loop: asyncio.AbstractEventLoop, request: bytes) -> None:
         self._request = request
         self._answer = b""
+        self._transport: asyncio.Transport | None = None
         self.opened: asyncio.Future[None] = loop.create_future()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        cast(asyncio.Transport, transport).write(self._request)
+        self._transport = cast(asyncio.Transport, transport)
+        self._transport.write(self._request)
+
+    def abort(self) -> None:
+        """Nobody waits for `opened` any more."""
+        self.opened.cancel()
+        if self._transport is not None:
+            self._transport.abort()
 
     def data_received(self, data: bytes) -> None:
         self._answer += data
@@ -69,7 +78,7 @@ class _Tunnel(asyncio.Protocol):
             return
         if b"\r\n\r\n" in self._answer:
             status = self._answer.split(b"\r\n", 1)[0].decode("latin-1")
-            if status.split(" ")[1:2] == ["200"] and self._answer.endswith(b"\r\n\r\n"):
+            if _SUCCESS.match(status) and self._answer.endswith(b"\r\n\r\n"):
                 self.opened.set_result(None)
             else:
                 self.opened.set_exception(OSError(f"the HTTP proxy refused the tunnel: {status[:200]}"))

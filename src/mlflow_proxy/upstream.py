@@ -8,6 +8,8 @@ the sender's.
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
 import ssl
 from collections import deque
 
@@ -148,8 +150,10 @@ class Pool:
             error = NotConnected(f"no connection within {self._settings.connect_timeout:g} s")
         except ssl.SSLCertVerificationError as cause:
             error = NotConnected(f"its TLS certificate is not trusted ({cause.verify_message})")
+        except UnicodeError:
+            error = NotConnected("its host is not a DNS name; a label has at most 63 characters")
         except (OSError, ssl.SSLError) as cause:
-            error = NotConnected(str(cause) or type(cause).__name__)
+            error = NotConnected(_in_words(cause))
         except BaseException:
             self._lost_one()
             raise
@@ -163,15 +167,16 @@ class Pool:
     async def _dial(self) -> Connection:
         loop = self._loop
         host, port = self._endpoint.host, self._endpoint.port
+        connection = Connection(loop, self._deadlines)
         if self._settings.proxy is not None:
-            return await open_tunnel(self._settings.proxy, host, port, self._tls, Connection(loop, self._deadlines))
-        _, connection = await loop.create_connection(
-            lambda: Connection(loop, self._deadlines),
-            host,
-            port,
-            ssl=self._tls,
-            server_hostname=host if self._tls else None,
-        )
+            return await open_tunnel(self._settings.proxy, host, port, self._tls, connection)
+        try:
+            await loop.create_connection(
+                lambda: connection, host, port, ssl=self._tls, server_hostname=host if self._tls else None
+            )
+        except BaseException:
+            connection.abort()  # it may have been made in the moment in which the wait for it ended
+            raise
         return connection
 
     def _schedule_sweep(self, delay: float) -> None:
@@ -193,3 +198,12 @@ def tls_context(ca_bundle: str | None) -> ssl.SSLContext:
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["http/1.1"])
     return context
+
+
+def _in_words(error: OSError) -> str:
+    """What callers may see of a failed connection: without the addresses of this network, which the text holds."""
+    if isinstance(error, socket.gaierror):
+        return "its name is not found"
+    if isinstance(error, ssl.SSLError) or not error.errno or error.errno < 0:
+        return str(error) or type(error).__name__
+    return os.strerror(error.errno).lower()

@@ -6,14 +6,19 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlsplit
+from urllib.request import Request, urlopen
 
+import botocore.session
 import pytest
 from moto.server import ThreadedMotoServer
+
+if TYPE_CHECKING:
+    from mypy_boto3_iam import IAMClient
 
 IMDS_ROLES = "/latest/meta-data/iam/security-credentials/"
 IMDS_TOKEN = "imds-token"
@@ -30,7 +35,7 @@ class CredentialSource:
         self.failing = False
         self.delay = 0.0
         self.external_id: str | None = None
-        self.expired_keys: set[str] = set()
+        self.refused_keys: dict[str, str] = {}  # with the code of the refusal
         self.asked: Counter[str] = Counter()
         self.roles_asked: list[dict[str, str]] = []
         self._lock = threading.Lock()
@@ -96,8 +101,9 @@ class CredentialSource:
     def _sts(self, wanted: dict[str, str], headers: Any) -> tuple[int, str]:
         with self._lock:
             self.roles_asked.append(wanted)
-        if any(f"Credential={key}/" in headers["authorization"] for key in self.expired_keys):
-            return 403, _sts_error("ExpiredToken", "The security token included in the request is expired")
+        for key, code in self.refused_keys.items():
+            if f"Credential={key}/" in headers["authorization"]:
+                return 403, _sts_error(code, "The security token included in the request is expired or invalid")
         if self.external_id is not None and wanted.get("ExternalId") != self.external_id:
             with self._lock:
                 self.asked["denied"] += 1
@@ -154,3 +160,31 @@ def moto_url() -> Iterator[str]:
     host, port = server.get_host_and_port()
     yield f"http://{host}:{port}"
     server.stop()
+
+
+@pytest.fixture
+def checking_moto(moto_url: str) -> Iterator[tuple[str, Callable[[], tuple[str, str]]]]:
+    """moto that checks keys and signatures, and what gives its one user new keys, and deletes the old ones."""
+    keys = {"aws_access_key_id": "AKIAROOT", "aws_secret_access_key": "root-secret"}
+    session: Any = botocore.session.Session()
+    iam: IAMClient = session.create_client("iam", region_name="us-east-1", endpoint_url=moto_url, **keys)
+    allow = {"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": "*", "Resource": "*"}]}
+    iam.create_user(UserName="proxy")
+    iam.put_user_policy(UserName="proxy", PolicyName="all", PolicyDocument=json.dumps(allow))
+
+    def rotate() -> tuple[str, str]:
+        _check_keys(moto_url, False)
+        for old in iam.list_access_keys(UserName="proxy")["AccessKeyMetadata"]:
+            iam.delete_access_key(UserName="proxy", AccessKeyId=old["AccessKeyId"])
+        new = iam.create_access_key(UserName="proxy")["AccessKey"]
+        _check_keys(moto_url, True)
+        return new["AccessKeyId"], new["SecretAccessKey"]
+
+    yield moto_url, rotate
+    _check_keys(moto_url, False)
+
+
+def _check_keys(moto_url: str, on: bool) -> None:
+    body = b"0" if on else b"inf"
+    request = Request(f"{moto_url}/moto-api/reset-auth", body, {"Content-Type": "text/plain"})
+    urlopen(request, timeout=10).close()

@@ -14,10 +14,12 @@ from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime
 from hashlib import sha1
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from botocore import exceptions as failures
+from botocore.credentials import RefreshableCredentials
 
 from mlflow_proxy.aws import credentials as module
 from mlflow_proxy.aws import sessions
@@ -243,16 +245,48 @@ class TestRoles:
 
         async def test(store: CredentialStore) -> None:
             await asyncio.sleep(module._LEAST_INTERVAL)
-            source.expired_keys.add("ASIAIMDS00000001")
+            source.refused_keys["ASIAIMDS00000001"] = "ExpiredToken"
             found = await store.wait_refreshed(target, 60)
             assert found.access_key.startswith("ASIASTS")
             assert source.asked["imds"] == 2
 
         run(test, target, aws=Aws(sts_endpoint=source.url))
 
+    def test_rotated_base_is_renewed_first(
+        self, checking_moto: tuple[str, Callable[[], tuple[str, str]]], tmp_path: Path
+    ) -> None:
+        url, rotate = checking_moto
+        _write_profile(tmp_path, *rotate())
+        target = a_target(role=ROLE)
+
+        async def test(store: CredentialStore) -> None:
+            old = store.get(target)
+            _write_profile(tmp_path, *rotate())
+            await asyncio.sleep(module._LEAST_INTERVAL)
+            new = await store.wait_refreshed(target, 60)
+            assert new.access_key != old.access_key
+            assert store.status(target).error is None
+
+        run(test, target, aws=Aws(profile="dev", sts_endpoint=url))
+
+    @pytest.mark.parametrize("code", sorted(module._BASE_IS_BAD))
+    def test_a_refused_base_is_renewed(
+        self, source: CredentialSource, monkeypatch: pytest.MonkeyPatch, code: str
+    ) -> None:
+        _use_imds(source, monkeypatch)
+        target = a_target(role=ROLE)
+
+        async def test(store: CredentialStore) -> None:
+            await asyncio.sleep(module._LEAST_INTERVAL)
+            source.refused_keys["ASIAIMDS00000001"] = code
+            await store.wait_refreshed(target, 60)
+            assert source.asked["imds"] == 2
+
+        run(test, target, aws=Aws(sts_endpoint=source.url))
+
     def test_expired_base_without_another(self, source: CredentialSource, monkeypatch: pytest.MonkeyPatch) -> None:
         setenv(monkeypatch, **STATIC)
-        source.expired_keys.add("AKIASTATIC")
+        source.refused_keys["AKIASTATIC"] = "ExpiredToken"
         told = reason(a_target(role=ROLE), Aws(sts_endpoint=source.url))
         assert "has expired" in told
         assert "aws sso login" in told
@@ -393,7 +427,7 @@ class TestRenewal:
         async def test(store: CredentialStore) -> None:
             with pytest.raises(CredentialsUnavailable):
                 store.get(target)
-            _write_profile(tmp_path, "AKIALATE", "default")
+            _write_profile(tmp_path, "AKIALATE", name="default")
 
             def ask() -> None:
                 deadline = time.monotonic() + 60
@@ -408,6 +442,25 @@ class TestRenewal:
             assert store.get(target).access_key == "AKIALATE"
 
         run(test, target)
+
+    def test_a_failure_that_cannot_be_explained(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        target = a_target()
+
+        def fail(*_: object) -> str:
+            raise ValueError("very-secret")
+
+        async def test(store: CredentialStore) -> None:
+            with pytest.raises(CredentialsUnavailable, match="failed in an unexpected way"):
+                store.get(target)
+            _write_profile(tmp_path, "AKIALATE", name="default")
+            await until(lambda: store.status(target).usable)
+
+        monkeypatch.setattr(sessions, "explain", fail)
+        with caplog.at_level(logging.DEBUG):
+            run(test, target)
+        assert "very-secret" not in caplog.text
 
     def test_already_expired_ones_are_refused(self, source: CredentialSource, monkeypatch: pytest.MonkeyPatch) -> None:
         setenv(monkeypatch, **STATIC)
@@ -571,6 +624,26 @@ class TestReasons:
         assert "secret" not in told.replace("the secret key", "")
 
 
+class TestAnotherBotocore:
+    """One without the private attributes that are used where it has them."""
+
+    def test_without_the_expiry(self, source: CredentialSource, monkeypatch: pytest.MonkeyPatch) -> None:
+        _use_container(source, monkeypatch)
+        monkeypatch.setattr(
+            RefreshableCredentials, "_expiry_time", property(lambda _: None, lambda *_: None), raising=False
+        )
+        monkeypatch.setattr(RefreshableCredentials, "refresh_needed", lambda *_: False)
+        found = fetch()
+        assert found.expires_at == pytest.approx(time.time() + sessions._UNKNOWN_LIFETIME, abs=60)
+
+    @pytest.mark.parametrize("provider", [SimpleNamespace(), SimpleNamespace(_role_fetcher=SimpleNamespace())])
+    def test_without_the_fetcher(self, provider: SimpleNamespace) -> None:
+        before = repr(provider)
+        components = SimpleNamespace(get_provider=lambda _: provider)
+        sessions._call_instance_metadata_directly(SimpleNamespace(get_component=lambda _: components))
+        assert repr(provider) == before
+
+
 class TestSecrets:
     def test_repr(self) -> None:
         shown = repr(Credentials("AKIA", "very-secret", "very-secret-token", 1.0, "env"))
@@ -585,6 +658,16 @@ class TestSecrets:
             fetch(a_target(role=ROLE), Aws(sts_endpoint=source.url))
         assert ROLE in caplog.text
         assert "secret" not in caplog.text
+
+    def test_no_paths_in_the_log_at_debug_level(
+        self, source: CredentialSource, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        _use_container(source, monkeypatch)
+        with caplog.at_level(logging.DEBUG):
+            fetch()
+        assert "container-role" in caplog.text
+        assert "/container" not in caplog.text
+        assert not [r.name for r in caplog.records if r.name.startswith(("urllib3", "botocore"))]
 
 
 def _use_imds(source: CredentialSource, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -604,8 +687,8 @@ def _use_container(source: CredentialSource, monkeypatch: pytest.MonkeyPatch) ->
     )
 
 
-def _write_profile(folder: Path, key: str, name: str = "dev") -> None:
-    (folder / "credentials").write_text(f"[{name}]\naws_access_key_id = {key}\naws_secret_access_key = very-secret\n")
+def _write_profile(folder: Path, key: str, secret: str = "very-secret", name: str = "dev") -> None:
+    (folder / "credentials").write_text(f"[{name}]\naws_access_key_id = {key}\naws_secret_access_key = {secret}\n")
 
 
 def _write_process(folder: Path, code: str, profile: str = "default") -> None:

@@ -51,17 +51,43 @@ def test_bodies_together_have_a_budget_that_is_given_back(hasty: Stage) -> None:
     hasty.upstream.script = answers(b"HTTP/1.1 204 No Content\r\n\r\n")
     for _ in range(3):
         with Caller(hasty.port) as first, Caller(hasty.port) as second:
-            first.send(request("/first", "PUT", f"Content-Length: {MIB}") + b"a" * 1000)
+            first.send(request("/first", "PUT", f"Content-Length: {MIB}") + b"a" * (MIB - 1))
             time.sleep(0.1)
-            second.send(request("/second", "PUT", f"Content-Length: {MIB}"))
+            with suppress(ConnectionError):  # refused as it crosses the budget
+                second.send(request("/second", "PUT", f"Content-Length: {MIB}") + b"a" * (MIB * 3 // 4))
             refused = second.answer()
             assert refused.status == 503
             assert refused.value("retry-after") == "1"
             assert "server.body_budget" in refused.json["message"]
-            first.send(b"a" * (MIB - 1000))
+            first.send(b"a")
             assert first.answer().status == 204
         assert hasty.call("/second", "PUT", body=b"a" * MIB).status == 204
     assert hasty.upstream.targets == ["/first", "/second"] * 3
+
+
+def test_lengths_that_are_only_stated_take_nothing_of_the_budget(hasty: Stage) -> None:
+    callers = [Caller(hasty.port) for _ in range(8)]
+    try:
+        for caller in callers:
+            caller.send(request("/x", "PUT", f"Content-Length: {MIB}"))
+        assert hasty.call("/real", "PUT", body=b"a" * MIB).status == 200
+    finally:
+        for caller in callers:
+            caller.close()
+
+
+def test_what_was_sent_before_earns_no_longer_pause(hasty: Stage) -> None:
+    """At 16 KiB a second, half a MiB would be good for 32 s; a pause is a pause all the same."""
+    with Caller(hasty.port) as caller:
+        caller.sock.settimeout(15)
+        caller.send(request("/x", "PUT", f"Content-Length: {MIB}") + b"a" * (MIB // 2))
+        assert caller.answer().status == 408
+    assert not hasty.upstream.arrived
+
+
+def test_the_proxys_own_pages_take_small_bodies_only(hasty: Stage) -> None:
+    assert hasty.call("/-/ui/prod?unknown=1", "POST", body=b"a" * 1000).status == 400
+    assert hasty.call("/-/ui/prod?unknown=1", "POST", body=b"a" * 20_000).status == 413
 
 
 def _upload_that_fails(stage: Stage, how: str) -> None:

@@ -216,9 +216,10 @@ def _answers(port: int, data: bytes) -> list[Answer]:
 def test_a_refused_requests_body_is_never_a_request(steady: Stage, target: str, status: int) -> None:
     for body in (SMUGGLED, SMUGGLED * 4000):  # one that fits into the first read, and one that does not
         answers = _answers(steady.port, request(target, "POST", body=body))
-        assert [answer.status for answer in answers] == [status]
+        refused = 413 if target.startswith("/-/") and len(body) > 16 << 10 else status
+        assert [answer.status for answer in answers] == [refused]
         answers = _answers(steady.port, request(target, "PUT", "Transfer-Encoding: chunked") + chunked(body))
-        assert [answer.status for answer in answers] == [status]
+        assert [answer.status for answer in answers] == [refused]
     assert not steady.upstream.arrived
 
 

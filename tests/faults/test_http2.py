@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import ssl
 import subprocess
@@ -22,9 +23,13 @@ from tests.faults.upstreams import Arrived, Peer, Upstream, answer
 
 MIB = 1 << 20
 
+# In CI the tests run all the same, and fail.
 curl_speaks_http2 = pytest.mark.skipif(
-    shutil.which("curl") is None
-    or b"HTTP2" not in subprocess.run(["curl", "-V"], capture_output=True, check=False).stdout,
+    not os.environ.get("CI")
+    and (
+        shutil.which("curl") is None
+        or b"HTTP2" not in subprocess.run(["curl", "-V"], capture_output=True, check=False).stdout
+    ),
     reason="needs a curl with HTTP/2",
 )
 

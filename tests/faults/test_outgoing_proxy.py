@@ -24,10 +24,10 @@ class Stage(NamedTuple):
     tls: Upstream
 
 
-def open_tunnel(peer: Peer, arrived: Arrived) -> None:
+def open_tunnel(peer: Peer, arrived: Arrived, status: bytes = b"HTTP/1.1 200 Connection established") -> None:
     host, _, port = arrived.target.rpartition(":")
     with socket.create_connection((host, int(port)), timeout=10) as onward:
-        peer.send(b"HTTP/1.1 200 Connection established\r\nX-Via: a\r\n\r\n")
+        peer.send(status + b"\r\nX-Via: a\r\n\r\n")
         back = threading.Thread(target=_pump, args=(onward, peer.sock), daemon=True)
         back.start()
         _pump(peer.sock, onward)
@@ -120,6 +120,15 @@ def test_a_refused_tunnel_is_502_with_the_reason(stage: Stage, name: str, refusa
     assert "p%40ss" not in stage.proxy.stderr.read_text() + stage.proxy.stdout.read_text()
     stage.tunnels.script = open_tunnel
     assert call(stage.proxy.port, f"/t/{name}/x").status == 200
+
+
+@pytest.mark.parametrize("status", [b"HTTP/1.1 204 No Content", b"HTTP/1.0 299"])
+def test_any_2xx_opens_the_tunnel(stage: Stage, status: bytes) -> None:
+    def welcome(peer: Peer, arrived: Arrived) -> None:
+        open_tunnel(peer, arrived, status)
+
+    stage.tunnels.script = welcome
+    assert call(stage.proxy.port, "/t/plain/x").status == 200
 
 
 def test_a_post_is_repeated_when_the_tunnel_was_refused_first(stage: Stage) -> None:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -246,6 +247,38 @@ def test_a_probe_that_hangs_holds_nobody_up(restartable: Restartable) -> None:
             assert call(restartable.port, "/-/version").status == 200
         release.set()
         assert probe.result(20).status == 200
+
+
+def test_a_silent_target_is_named_and_does_not_hide_the_others(tmp_path: Path) -> None:
+    silent, well = Upstream(), Upstream()
+    silent.script = lambda *_: None  # takes the request and says nothing
+    targets = [target(name, f"http://127.0.0.1:{each.port}") for name, each in (("silent", silent), ("well", well))]
+    try:
+        with running(tmp_path / "two", targets) as proxy:
+            got = call(proxy.port, "/-/ready")
+            assert got.status == 503
+            assert got.json["targets"]["well"]["ready"] is True
+            assert "no answer within" in got.json["targets"]["silent"]["reason"]
+    finally:
+        silent.close()
+        well.close()
+
+
+@pytest.mark.parametrize(
+    ("site", "dest", "status"),
+    [
+        ("cross-site", "image", 403),
+        ("same-site", "script", 403),
+        ("cross-site", "document", 404),
+        ("same-origin", "empty", 404),
+        ("none", "document", 404),
+    ],
+)
+def test_other_sites_may_link_to_the_ui_but_not_embed_it(
+    restartable: Restartable, site: str, dest: str, status: int
+) -> None:
+    got = call(restartable.port, "/-/ui/nope", "GET", f"Sec-Fetch-Site: {site}", f"Sec-Fetch-Dest: {dest}")
+    assert got.status == status
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,7 @@ def _stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TlsStage]:
     targets.append(target("system", f"https://localhost:{upstreams['trusted'].port}"))
     targets.append(target("by-address", f"https://127.0.0.1:{upstreams['trusted'].port}", ca_bundle=str(ours.bundle)))
     targets.append(target("unresolvable", "https://no-such-host.invalid"))
+    targets.append(target("long-label", f"https://{'a' * 64}.invalid"))
     environ = dict.fromkeys(
         ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"), NOBODY
     )
@@ -104,6 +105,7 @@ def test_a_certificate_of_the_targets_bundle_is_accepted(stage: TlsStage, name: 
         ("no-tls", "no connection within 1 s"),
         ("not-accepting", "no connection within 1 s"),
         ("unresolvable", "cannot be reached"),
+        ("long-label", "a label has at most 63 characters"),
     ],
 )
 def test_anything_else_is_502_with_the_reason(stage: TlsStage, name: str, reason: str) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 from tests.compat.client_runs import bare_environment
 from tests.compat.environments import NEWEST, ROOT, python_of
 
@@ -60,16 +62,18 @@ def test_the_seven_calls(mode_url: str, tmp_path: Path) -> None:
     assert "error_code" not in done.stdout
 
 
-def test_the_client(mode_url: str, tmp_path: Path) -> None:
-    block = block_with("import mlflow")
-    install, *commands = block.strip().splitlines()
-    assert install == "pip install mlflow"
-    folder = python_of(NEWEST).parent
+@pytest.mark.parametrize("place", ["clone", "elsewhere"])
+def test_the_client(mode_url: str, place: str, tmp_path: Path) -> None:
+    """As printed, in a folder that has the clone's `.venv`, or one with nothing but MLflow in it."""
+    lines = block_with("import mlflow").splitlines()
+    assert lines[0].startswith("export MLFLOW_TRACKING_URI=http://127.0.0.1:8080 ")
+    assert lines[1].startswith("# export MLFLOW_TRACKING_URI=http://127.0.0.1:8080/t/app ")
+    venv = Path(sys.prefix) if place == "clone" else python_of(NEWEST).parent.parent
+    (tmp_path / ".venv").symlink_to(venv)
     environment = bare_environment("", tmp_path)
     del environment["MLFLOW_TRACKING_URI"]
-    environment["PATH"] = f"{folder}:{environment['PATH']}"
     done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", "\n".join([f"PROXY={mode_url}", *commands])],
+        ["bash", "-euo", "pipefail", "-c", "\n".join([f"export MLFLOW_TRACKING_URI={mode_url}", *lines[1:]])],
         env=environment,
         cwd=tmp_path,
         capture_output=True,

@@ -21,7 +21,7 @@ from typing import TypeVar
 
 from botocore.exceptions import ClientError
 
-from mlflow_proxy.aws import sessions
+from mlflow_proxy.aws import codes, sessions
 from mlflow_proxy.aws.sessions import Credentials, CredentialsUnavailable, Role
 from mlflow_proxy.settings import Aws
 from mlflow_proxy.targets import Target
@@ -38,6 +38,11 @@ _LEAST_INTERVAL = 3.0
 _METADATA_INTERVAL = 240.0
 _LONGEST_BACKOFF = 60.0
 _THREADS = 4
+
+# What STS says of a base that has expired or was rotated; the same source may have another by now.
+_BASE_IS_BAD = codes.STALE | codes.BAD_SIGNATURE
+
+_UNEXPLAINED = "failed in an unexpected way; see what `aws sts get-caller-identity` says here"
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -164,7 +169,7 @@ class CredentialStore:
             try:
                 return await self._ask_for(role, await self._base(renew=False))
             except ClientError as error:
-                if sessions.error_code(error) not in sessions.EXPIRED_CODES:
+                if sessions.error_code(error) not in _BASE_IS_BAD:
                     raise
             return await self._ask_for(role, await self._base(renew=True))
         except Exception as error:
@@ -250,6 +255,8 @@ class _Source:
             delay = self._accept(await self._fetch())
         except CredentialsUnavailable as error:
             delay = self._reject(error.reason)
+        except Exception:  # its text may hold a secret; and without a timer nothing would ever be fetched again
+            delay = self._reject(_UNEXPLAINED)
         self._ended = loop.time()
         if delay is not None:
             self._timer = loop.call_later(delay, self._begin)

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import json
 import re
+import zlib
 from typing import NamedTuple
 
+from mlflow_proxy.aws.codes import STALE as _EXPIRED
+from mlflow_proxy.aws.codes import THROTTLED as _THROTTLED
 from mlflow_proxy.errors import Refusal
 
 # Statuses whose answers may be AWS's own, and how large such an answer is at the most.
 STATUSES = frozenset({400, 401, 403, 404, 429, 500, 502, 503, 504})
-SIZE_LIMIT = 16 * 1024
+# On a mismatch AWS recites the URL, encoded again: three bytes for one.
+SIZE_LIMIT = 192 * 1024
 
 _TOO_MANY = 429
 _RECITAL = re.compile(r"\n|The Canonical String|The String-to-Sign|x-amz-security-token", re.IGNORECASE)
-_EXPIRED = frozenset({"ExpiredTokenException", "ExpiredToken", "UnrecognizedClientException", "InvalidClientTokenId"})
-_THROTTLED = frozenset({"ThrottlingException", "Throttling", "TooManyRequestsException", "RequestLimitExceeded"})
 _ADVICE = {
     "AccessDeniedException": "Grant the action to the IAM identity that this proxy signs with.",
     "InvalidSignatureException": "Check this proxy's clock, its credentials, and the target's ARN and region.",
@@ -71,8 +73,8 @@ def aws_error(status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> A
         if name.lower() == b"x-amzn-errortype":
             error_type = value.decode("latin-1")
     try:
-        content = json.loads(body)
-    except (ValueError, RecursionError):
+        content = json.loads(_plain(headers, body))
+    except (ValueError, RecursionError, zlib.error):
         content = None
     if not isinstance(content, dict):
         content = {}
@@ -82,6 +84,14 @@ def aws_error(status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> A
     error_type = error_type or "TooManyRequestsException"  # whatever its shape, a 429 means: not done, try later
     message = str(content.get("message") or content.get("Message") or "")
     return AwsError(status, error_type.split(":", 1)[0].rsplit("#", 1)[-1], _harmless(message))
+
+
+def _plain(headers: list[tuple[bytes, bytes]], body: bytes) -> bytes:
+    """The body without gzip, as far as it is worth judging; other codings stay."""
+    coding = next((value.strip().lower() for name, value in headers if name.lower() == b"content-encoding"), b"")
+    if coding not in (b"gzip", b"x-gzip", b"deflate"):
+        return body
+    return zlib.decompressobj(wbits=zlib.MAX_WBITS | 32).decompress(body, SIZE_LIMIT)
 
 
 def _harmless(message: str) -> str:

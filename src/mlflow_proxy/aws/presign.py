@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from botocore.exceptions import BotoCoreError, ClientError, ConnectTimeoutError, ReadTimeoutError
 from botocore.parsers import ResponseParserError
 
-from mlflow_proxy.aws import sessions
+from mlflow_proxy.aws import codes, sessions
 from mlflow_proxy.aws.sessions import Credentials
 from mlflow_proxy.errors import Refusal
 from mlflow_proxy.settings import Aws
@@ -22,14 +22,6 @@ from mlflow_proxy.targets import Mode, Target
 # AWS's bounds, in seconds (API reference of CreatePresignedMlflowTrackingServerUrl and …AppUrl).
 LINK_EXPIRES = range(5, 300 + 1)
 SESSION_EXPIRES = range(1800, 43200 + 1)
-
-_THROTTLED = ("ThrottlingException", "Throttling", "TooManyRequestsException", "RequestLimitExceeded")
-_BAD_KEYS = (
-    "UnrecognizedClientException",
-    "InvalidClientTokenId",
-    "InvalidSignatureException",
-    "SignatureDoesNotMatch",
-)
 
 T = TypeVar("T")
 
@@ -136,7 +128,7 @@ def _call(action: str, target: Target, aws: Aws, call: Callable[[], T]) -> T:
 def _refusal(action: str, target: Target, error: ClientError) -> PresignError:
     code = sessions.error_code(error)
     details: Mapping[str, Any] = error.response.get("Error", {})
-    if code in sessions.DENIED_CODES:
+    if code in codes.DENIED:
         return PresignError(
             403,
             f"the proxy's AWS identity may not do sagemaker:{action}; allow it on {target.arn.text}. "
@@ -152,9 +144,9 @@ def _refusal(action: str, target: Target, error: ClientError) -> PresignError:
         return PresignError(
             400, f"SageMaker refused {action}: {details.get('Message', code)}", error_code="INVALID_PARAMETER_VALUE"
         )
-    if code in _THROTTLED:
+    if code in codes.THROTTLED:
         return PresignError(429, f"SageMaker throttles {action}; try again in a moment", retry_after=2)
-    if code in sessions.EXPIRED_CODES or code in _BAD_KEYS:
+    if code in codes.STALE | codes.BAD_SIGNATURE:
         return PresignError(
             503, f"SageMaker refused the proxy's AWS credentials ({code}); `mlflow-proxy check` tells more"
         )

@@ -10,6 +10,7 @@ import logging
 import os
 import shlex
 import shutil
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,10 +20,12 @@ from urllib.parse import urlsplit
 import botocore.session
 from botocore import exceptions as failures
 from botocore.config import Config
+from botocore.credentials import RefreshableCredentials
 from botocore.httpsession import URLLib3Session
 from botocore.loaders import Loader
 from botocore.parsers import ResponseParserError
 
+from mlflow_proxy.aws import codes
 from mlflow_proxy.settings import Aws
 
 if TYPE_CHECKING:
@@ -35,8 +38,8 @@ _READ_TIMEOUT = 8
 _ATTEMPTS = 2
 # botocore waits for a credential_process without end; after these seconds it is ended.
 _PROCESS_DEADLINE = 20
-EXPIRED_CODES = ("ExpiredToken", "ExpiredTokenException", "RequestExpired")
-DENIED_CODES = ("AccessDenied", "AccessDeniedException", "UnauthorizedOperation")
+# Counted as the life of credentials that refresh themselves but don't tell when; the shortest that AWS gives.
+_UNKNOWN_LIFETIME = 15 * 60
 NOT_AWS = "the answer was not AWS's; check the endpoint, and what stands between this machine and AWS"
 _IMDS = "http://169.254.169.254"
 _CONTAINER = "http://169.254.170.2"
@@ -47,8 +50,9 @@ _CONTAINER = "http://169.254.170.2"
 # instead of 10 MB and 70 ms. A test compares it with botocore's own.
 _LOADER = Loader(extra_search_paths=[str(Path(__file__).with_name("models"))])
 
-# At debug level botocore logs the bodies that STS answers, secrets included.
-logging.getLogger("botocore").setLevel(logging.WARNING)
+# At debug level botocore logs the bodies that STS answers, secrets included, and urllib3 the paths of credentials.
+for _name in ("botocore", "urllib3"):
+    logging.getLogger(_name).setLevel(logging.WARNING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,15 +108,22 @@ def from_chain(aws: Aws, *, region: str, proxy: str | None = None) -> Credential
     if found is None:
         raise CredentialsUnavailable(_nothing_found(aws, os.environ))
     frozen = found.get_frozen_credentials()  # deferred providers (SSO, roles of a profile) fetch only now
-    # No public attribute tells the expiry; tests hold this one for each provider that has any.
-    expiry = getattr(found, "_expiry_time", None)
     return Credentials(
         access_key=frozen.access_key,
         secret_key=frozen.secret_key,
         token=frozen.token,
-        expires_at=None if expiry is None else expiry.timestamp(),
+        expires_at=_expiry(found),
         provider=found.method,
     )
+
+
+def _expiry(found: object) -> float | None:
+    """When credentials of the chain expire, in seconds since the epoch; None if they don't."""
+    # No public attribute tells it; tests hold this one for each provider that has any.
+    expiry = getattr(found, "_expiry_time", None)
+    if expiry is not None:
+        return float(expiry.timestamp())
+    return time.time() + _UNKNOWN_LIFETIME if isinstance(found, RefreshableCredentials) else None
 
 
 def assume_role(role: Role, base: Credentials, aws: Aws, *, proxy: str | None = None) -> Credentials:
@@ -195,8 +206,10 @@ def _bound_credential_processes(session: Any) -> None:
 def _call_instance_metadata_directly(session: Any) -> None:
     """Keep HTTP_PROXY from seeing instance credentials: botocore's fetcher for them alone obeys it."""
     provider = session.get_component("credential_provider").get_provider("iam-role")
-    fetcher = provider._role_fetcher  # the fetcher that profiles with credential_source use, too
-    fetcher._session = URLLib3Session(timeout=session.get_config_variable("metadata_service_timeout"))
+    # Private, so a later botocore may lack them; then NO_PROXY has to name the metadata service, as for the AWS CLI.
+    fetcher: Any = getattr(provider, "_role_fetcher", None)  # the fetcher that profiles with credential_source use, too
+    if hasattr(fetcher, "_session"):
+        fetcher._session = URLLib3Session(timeout=session.get_config_variable("metadata_service_timeout"))
 
 
 def explain(error: BaseException, aws: Aws, role: Role | None = None) -> str:
@@ -233,9 +246,9 @@ def _explain_answer(error: failures.ClientError, aws: Aws, role: Role | None) ->
     code = error_code(error)
     call = f"sts:{error.operation_name}" if error.operation_name.startswith(("Assume", "GetCaller")) else "AWS"
     what = f"{call} for role {role.arn}" if role else call
-    if code in DENIED_CODES:
+    if code in codes.DENIED:
         return f"{what} was denied: {_denied(error, role)}"
-    if code in EXPIRED_CODES:
+    if code in codes.EXPIRED:
         return f"{what} failed: the session that credentials come from has expired; {_renew(aws)}"
     advice = {
         "InvalidClientTokenId": "AWS does not know the access key; it was deleted or turned off: configure another",

@@ -12,7 +12,7 @@ import threading
 import time
 from pathlib import Path
 from urllib.error import URLError
-from urllib.request import urlopen
+from urllib.request import ProxyHandler, build_opener
 
 import click
 
@@ -100,6 +100,9 @@ PROXY={url}            # the tracking server
 
 The same with any MLflow client, no AWS plugin:
 
+export MLFLOW_TRACKING_URI={url}            # the tracking server
+# export MLFLOW_TRACKING_URI={url}/t/app    # the MLflow App
+
 {CLIENT}
 
 Ctrl-C ends everything. Requests appear below.
@@ -117,13 +120,14 @@ def _is_free(port: int) -> bool:
 
 
 def _wait_until_ready(proxy: subprocess.Popen[bytes], port: int, ended: threading.Event) -> None:
+    opener = build_opener(ProxyHandler({}))  # an http_proxy of the environment is not for this
     give_up = time.monotonic() + _START_DEADLINE
     reason = ""
     while time.monotonic() < give_up and not ended.is_set():
         if proxy.poll() is not None:
             raise LocalError(f"the proxy ended with exit code {proxy.returncode}")
         try:
-            with urlopen(f"http://{_HOST}:{port}/-/ready", timeout=10):
+            with opener.open(f"http://{_HOST}:{port}/-/ready", timeout=10):
                 return
         except (URLError, OSError) as error:
             reason = str(error)

@@ -1,6 +1,7 @@
-"""The commands that the demo prints and the README shows: the seven calls of an HTTP-only client, ready to paste.
+"""The commands that the demo prints and the README shows, ready to paste: seven calls with curl, and an MLflow client.
 
-A test runs them as they stand here, against both targets, and compares them with the README.
+Before them goes the proxy's address: PROXY for the calls, MLFLOW_TRACKING_URI for the client. A test runs them as they
+stand here, against both targets, and compares them with the README.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ curl -s $API/runs/set-tag -H "$JSON" -d '{"run_id": "'$RUN'", "key": "stage", "v
 curl -s $API/runs/delete -H "$JSON" -d '{"run_id": "'$RUN'"}'
 """.strip()
 
-CLIENT = """pip install mlflow
-export MLFLOW_TRACKING_URI=$PROXY
-python -c '
+CLIENT = """
+# In the clone, after make demo. Elsewhere: pip install mlflow in an environment of your own, and its python here.
+.venv/bin/python -c '
 import mlflow
 with mlflow.start_run():
     mlflow.log_param("rate", 0.1)

@@ -21,6 +21,13 @@ def blueprint(portal: Portal) -> Blueprint:
     """The pages, bound to one worker's parts."""
     pages = Blueprint("ui", __name__, url_prefix="/-/ui")
 
+    @pages.before_request
+    def _refuse_embedding() -> None:
+        """A page of another site may link here, but not fetch links by the way, as an image of its own."""
+        site = request.headers.get("sec-fetch-site", "none")
+        if site not in ("none", "same-origin") and request.headers.get("sec-fetch-dest") != "document":
+            raise Refusal(403, "A page of another site sent this request. Open the link itself instead.")
+
     @pages.get("/<name>", provide_automatic_options=False)
     def visit(name: str) -> BaseResponse:
         """Send the browser to a fresh link."""

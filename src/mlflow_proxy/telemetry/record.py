@@ -76,7 +76,7 @@ class Record:
             f'"bytes_in": {self.bytes_in}, "bytes_out": {self.bytes_out}, '
             f'"duration_ms": {round((time.perf_counter() - self.started) * 1000, 2)}, '
             f'"upstream_ms": {round(self.upstream_seconds * 1000, 2)}, '
-            f'"upstream_request_id": {_quoted(ids) if ids else _EMPTY}, "retries": {self.retries}'
+            f'"upstream_request_id": {json.dumps(ids) if ids else _EMPTY}, "retries": {self.retries}'
             f"{f', {_ERROR}: {json.dumps(self.error)}' if self.error else ''}}}"
         )
 
