@@ -125,7 +125,7 @@ def test_a_caller_that_reads_slowly_slows_the_upstream(secure: TlsStage) -> None
     secure.upstream.script = large
     over_tls(secure, "/x", "--limit-rate", "500k", "--max-time", "2")
     assert done.wait(10)  # curl has gone, so the proxy has let go
-    assert taken < 20 * MIB
+    assert taken < 60 * MIB  # what the kernel holds for four sockets, and no more of the 100
 
 
 @curl_speaks_http2
