@@ -99,7 +99,7 @@ def test_a_caller_that_does_not_read_stops_the_upstream_and_costs_no_memory(stea
         while settled != taken:
             settled = taken
             time.sleep(0.5)
-        assert taken < 16 * MIB
+        assert taken < 60 * MIB  # of 200: what the kernel holds for four sockets, and little of ours
         assert worker.memory_info().rss - before < 16 * MIB
         assert sum(len(response.read(MIB)) for _ in range(200)) == 200 * MIB
         assert response.read() == b""
