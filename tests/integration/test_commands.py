@@ -104,7 +104,7 @@ def test_a_wrong_secret(checks: Checks) -> None:
     done = checks({"AWS_SECRET_ACCESS_KEY": "wrong"})
     assert done.returncode == 1
     assert "refused: InvalidSignatureException" in row(done, "signature")
-    assert "Check this proxy's clock, credentials and the target's ARN" in row(done, "signature")
+    assert "Check this proxy's clock, its credentials, and the target's ARN" in row(done, "signature")
 
 
 def test_the_wrong_region(sagemaker: LocalSageMaker, checks: Checks) -> None:
