@@ -71,7 +71,6 @@ class Connection(asyncio.Protocol):
         self._drained: asyncio.Future[None] | None = None
         self._reading_paused = False
         self.idle_since = 0.0
-        self.exchanges = 0
         self._reset(head_request=False)
         self.complete = True  # no exchange under way
 
@@ -128,7 +127,6 @@ class Connection(asyncio.Protocol):
         if transport is None or transport.is_closing():
             raise NotSent("the connection was closed before the request was sent")
         self._reset(head_request=head_request)
-        self.exchanges += 1
         if self._parser is None:
             self._parser = cast(_Parser, httptools.HttpResponseParser(self))
         if len(body) <= SLICE:

@@ -29,7 +29,6 @@ class Mode(Enum):
 
 # Both offered partitions use the DNS suffix "aws".
 PARTITIONS = ("aws", "aws-us-gov")
-ARN_HEADERS = tuple(mode.arn_header for mode in Mode)
 TARGET_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9])?")
 
 # Regions of partitions where SageMaker MLflow is not offered.
