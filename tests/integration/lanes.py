@@ -49,7 +49,7 @@ _MOMENTS = [
     (re.compile(r"\b[12]\d{12}(\d{6})?\b"), "MOMENT"),
     (re.compile(r"\b[a-z]+-[a-z]+-\d{1,3}\b"), "RUN NAME"),
     (re.compile(r'(?<="digest": ")[0-9a-f]{8}(?=")'), "DIGEST"),
-    (re.compile(r"\b[A-Za-z0-9+/]{22}=="), "BASE64"),
+    (re.compile(r"(?<![A-Za-z0-9+/])[A-Za-z0-9+/]{22}=="), "BASE64"),
     (re.compile(r"\b0x[0-9a-f]{8,}\b"), "ADDRESS"),
 ]
 
