@@ -40,7 +40,7 @@ compat: .venv/.dev ## the client lifecycle against MLflow servers 2.16, 3.0 and 
 	.venv/bin/python -m pytest tests/compat $(PYTEST_ARGS)
 
 lock: .venv/.uv ## rewrite the lock files from pyproject.toml
-	for set in base:"" local:"--extra local" dev:"--extra local --group dev" bench:"--group bench"; do \
+	for set in base:"" local:"--extra local" dev:"--extra local --extra tracing --group dev" bench:"--group bench"; do \
 	  $(UV) pip compile -q --generate-hashes --no-header --no-annotate --no-emit-index-url --python-version 3.11 --universal \
 	    pyproject.toml $${set#*:} -o requirements/$${set%%:*}.txt $(LOCK_ARGS); done
 

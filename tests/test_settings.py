@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from mlflow_proxy.configuration import SettingsError, load
-from mlflow_proxy.options import options, options_markdown
+from mlflow_proxy.options import LISTED, options, options_markdown
 from mlflow_proxy.settings import Server, Settings
 from mlflow_proxy.targets import Mode
 
@@ -96,7 +96,7 @@ anonymous = "i-understand"
 name = "app"
 arn = "{ARN}"
 assume_role_arn = "arn:aws:iam::444455556666:role/path/mlflow"
-external_id = "x"
+external_id = "xx"
 session_name = "me@example"
 [[targets]]
 name = "team"
@@ -112,7 +112,7 @@ ca_bundle = "{certificate}"
     assert (loaded.log.format, loaded.log.requests, loaded.ui.link_expires) == ("json", False, 60)
     assert not loaded.listens_on_loopback
     app, team = loaded.build_targets()
-    assert (app.name, app.default, app.external_id, app.session_name) == ("app", False, "x", "me@example")
+    assert (app.name, app.default, app.external_id, app.session_name) == ("app", False, "xx", "me@example")
     assert app.assume_role_arn == "arn:aws:iam::444455556666:role/path/mlflow"
     assert (team.default, team.endpoint.url, team.ca_bundle) == (True, "http://127.0.0.1:9500", str(certificate))
     assert team.arn.mode is Mode.TRACKING
@@ -278,7 +278,7 @@ TARGET_MISTAKES = [
     ("session_name", 'session_name = "a b"', "pattern"),
     ("session_name", 'session_name = "n\\u00e4me"', "pattern"),
     ("ca_bundle", 'ca_bundle = "/no/such.pem"', "No such file or directory); name a readable PEM file"),
-    ("external_id", 'external_id = "x"', "counts only with assume_role_arn"),
+    ("external_id", 'external_id = "xx"', "counts only with assume_role_arn"),
     ("asume_role_arn", 'asume_role_arn = "x"', "no such option; did you mean assume_role_arn?"),
     ("default", 'default = "maybe"', "valid boolean"),
 ]
@@ -340,7 +340,7 @@ levle = "info"
         + TARGET
         + "default = true\n"
         + TARGET.replace("aws:", "aws-cn:")
-        + 'default = true\nexternal_id = "x"\n'
+        + 'default = true\nexternal_id = "xx"\n'
     )
     problems = problems_of(
         path,
@@ -609,8 +609,10 @@ def test_ca_bundle_without_certificates(write: Write, tmp_path: Path, content: b
 
 def test_every_option_is_explained_once(write: Write) -> None:
     """The options listed are those that a loaded configuration has."""
-    dumped = load(write(TARGET), {}).model_dump()
-    dumped["targets"] = dumped["targets"][0]
+    role = '[[roles]]\nname = "reader"\ntargets = ["*"]\n'
+    dumped = load(write(TARGET + role), {}).model_dump()
+    for listed_more_than_once in LISTED:
+        (dumped[listed_more_than_once],) = dumped[listed_more_than_once]
     listed = [(option.section, option.name) for option in options()]
     assert listed == [(section, name) for section, table in dumped.items() for name in table]
     assert len(listed) > 40
@@ -621,7 +623,7 @@ def test_markdown_has_every_option() -> None:
     text = options_markdown()
     position = 0
     for option in options():
-        heading = "### `[[targets]]`" if option.section == "targets" else f"### `[{option.section}]`"
+        heading = f"### `[[{option.section}]]`" if option.section in LISTED else f"### `[{option.section}]`"
         assert text.count(heading) == 1
         row = f"| `{option.name}` | {option.type} | {option.default} | "
         found = text.index(row, position)
@@ -644,6 +646,8 @@ def test_markdown_has_every_option() -> None:
         ("server", "workers", "number", "see text", "MLFLOW_PROXY_SERVER__WORKERS"),
         ("log", "format", "`auto` / `json` / `text`", "auto", "MLFLOW_PROXY_LOG__FORMAT"),
         ("log", "requests", "true / false", "true", "MLFLOW_PROXY_LOG__REQUESTS"),
+        ("oidc", "required_claims", "table of texts", "{}", "MLFLOW_PROXY_OIDC__REQUIRED_CLAIMS"),
+        ("roles", "allow", "list of texts", "[]", None),
         ("targets", "arn", "text", "required", None),
         ("targets", "ca_bundle", "file", "none", None),
     ],

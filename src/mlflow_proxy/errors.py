@@ -37,7 +37,7 @@ class Refusal(Exception):
     """Ends a request with `status`. `message` says what is wrong and what to do; it is shown to the caller.
 
     `retry_after` is in seconds. `close` ends the connection, since an unread body would follow. `detail` goes into the
-    log only.
+    log only. `limit` names the limit that refused, if one did.
     """
 
     def __init__(
@@ -50,6 +50,7 @@ class Refusal(Exception):
         headers: Iterable[tuple[str, str]] = (),
         close: bool = False,
         detail: str | None = None,
+        limit: str = "",
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -59,6 +60,20 @@ class Refusal(Exception):
         self.headers = tuple(headers)
         self.close = close
         self.detail = detail
+        self.limit = limit
+
+    def again(self) -> Refusal:
+        """A new one that says the same: raised twice, one object would gather the tracebacks of all its requests."""
+        return Refusal(
+            self.status,
+            self.message,
+            error_code=self.error_code,
+            retry_after=self.retry_after,
+            headers=self.headers,
+            close=self.close,
+            detail=self.detail,
+            limit=self.limit,
+        )
 
     def answer(self, request_id: str) -> tuple[int, Headers, bytes]:
         """Status, headers and body to send."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic_core import ErrorDetails
 
+from mlflow_proxy.access.mistakes import access_problems, identifies
 from mlflow_proxy.options import options, sections
 from mlflow_proxy.settings import CONFIG_VARIABLE, ENV_PREFIX, Settings, is_loopback
 from mlflow_proxy.targets import TargetError, parse_endpoint
@@ -25,7 +26,10 @@ def broken_json(environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     for option in options():
         if option.variable and option.type == "list of texts":
             shapes[option.variable] = (list, '["first", "second"]')
+        if option.variable and option.type == "table of texts":
+            shapes[option.variable] = (dict, '{"name": "value"}')
     shapes[f"{ENV_PREFIX}TARGETS"] = (list, '[{"name": "…", "arn": "…"}]')
+    shapes[f"{ENV_PREFIX}ROLES"] = (list, '[{"name": "…", "targets": ["*"], "allow": ["…"]}]')
     for name, (shape, example) in shapes.items():
         if name in environ and not isinstance(_json_or_none(environ[name]), shape):
             yield name, f"environment variable {name}: is not the JSON it should be; write it like {example}"
@@ -51,7 +55,7 @@ def explain(detail: ErrorDetails) -> str:
         return f"{where}: is required"
     message = detail["msg"].removeprefix("Value error, ")
     shown = detail["input"]
-    is_option = len(detail["loc"]) > 1 and where != "upstream.proxy"
+    is_option = len(detail["loc"]) > 1 and where not in ("upstream.proxy", "limits.storage")
     value = f" {_without_password(repr(shown))}" if is_option and isinstance(shown, str | int | float | bool) else ""
     return f"{where}:{value} {message[:1].lower()}{message[1:]}"
 
@@ -98,12 +102,14 @@ def cross_checks(data: dict[str, Any]) -> Iterator[str]:
     yield from _tls_problems(server.get("tls_certificate"), server.get("tls_key"))
     yield from _url_problems(data)
     host = str(server.get("host", "127.0.0.1"))
-    if not is_loopback(host) and _table(data, "access").get("anonymous") != "i-understand":
+    understood = _table(data, "access").get("anonymous") == "i-understand"
+    if not is_loopback(host) and not identifies(data) and not understood:
         yield (
-            f"server.host: {host!r} can be reached from other machines, and callers are not identified: whoever "
-            "reaches the proxy has its AWS rights. Listen on 127.0.0.1, or name the risk with "
-            'access.anonymous = "i-understand"'
+            f"server.host: {host!r} can be reached from other machines, and no way to identify callers is configured: "
+            "whoever reaches the proxy would have its AWS rights. Configure one (docs/access.md; API keys: "
+            'access.keys_file), listen on 127.0.0.1, or name the risk with access.anonymous = "i-understand"'
         )
+    yield from access_problems(data)
 
 
 def _json_or_none(text: str) -> Any:

@@ -10,6 +10,9 @@ from pydantic.fields import FieldInfo
 
 from mlflow_proxy.settings import ENV_PREFIX, Section, Settings
 
+# Sections of which there may be several, each written with double brackets.
+LISTED = ("roles", "targets")
+
 
 class Option(BaseModel):
     """One option, as the documentation lists it."""
@@ -22,8 +25,8 @@ class Option(BaseModel):
 
     @property
     def variable(self) -> str | None:
-        """Environment variable that sets it; None for the options of a target, which are set as one JSON list."""
-        return None if self.section == "targets" else f"{ENV_PREFIX}{self.section}__{self.name}".upper()
+        """Environment variable that sets it; None for those of targets and roles, which are set as one JSON list."""
+        return None if self.section in LISTED else f"{ENV_PREFIX}{self.section}__{self.name}".upper()
 
 
 def options() -> Iterator[Option]:
@@ -43,7 +46,7 @@ def options_markdown() -> str:
     """All options as Markdown tables, one per section; docs/configuration.md contains exactly this."""
     parts: list[str] = []
     for section, model in sections():
-        heading = "[[targets]]" if section == "targets" else f"[{section}]"
+        heading = f"[[{section}]]" if section in LISTED else f"[{section}]"
         parts.append(
             f"### `{heading}`\n\n{(model.__doc__ or '').strip()}\n\n| option | type | default | what it does |"
         )
@@ -72,6 +75,8 @@ def _type_name(field: FieldInfo) -> str:
     ]
     if getattr(annotation, "__origin__", None) is list:
         return "list of texts"
+    if getattr(annotation, "__origin__", None) is dict:
+        return "table of texts"
     if getattr(annotation, "__origin__", None) is Literal:
         return " / ".join(f"`{value}`" for value in get_args(annotation))
     return names[0]
@@ -91,7 +96,7 @@ def _default_text(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     if field.default_factory is not None:
-        return "[]" if field.default_factory is list else "see text"
+        return {list: "[]", dict: "{}"}.get(field.default_factory, "see text")  # type: ignore[call-overload, no-any-return]
     if isinstance(field.default, ByteSize):
         return field.default.human_readable().replace(".0", "")
     if field.default is None:

@@ -63,7 +63,54 @@ SINGLE_HEADERS = frozenset(
     }
 )
 _NOTED_HEADERS = frozenset(
-    {b"host", b"content-length", b"transfer-encoding", b"connection", b"origin", b"sec-fetch-site"}
+    {
+        b"host",
+        b"content-length",
+        b"transfer-encoding",
+        b"connection",
+        b"origin",
+        b"sec-fetch-site",
+        b"sec-fetch-mode",
+    }
+)
+# What callers identify themselves with. None of it is ever passed on.
+_CREDENTIAL_HEADERS = frozenset({b"authorization", b"x-api-key", b"cookie"})
+# Headers by which other servers hand on whom they have identified. None counts unless it is configured and comes from
+# a trusted proxy; seen otherwise, it is dropped and counted, because somebody may be trying.
+IDENTITY_HEADERS = frozenset(
+    {
+        b"client-cert",
+        b"client-cert-chain",
+        b"remote-user",
+        b"ssl-client-cert",
+        b"ssl-client-subject-dn",
+        b"ssl-client-verify",
+        b"x-amzn-mtls-clientcert",
+        b"x-amzn-mtls-clientcert-issuer",
+        b"x-amzn-mtls-clientcert-leaf",
+        b"x-amzn-mtls-clientcert-serial-number",
+        b"x-amzn-mtls-clientcert-subject",
+        b"x-amzn-mtls-clientcert-validity",
+        b"x-amzn-oidc-accesstoken",
+        b"x-amzn-oidc-data",
+        b"x-amzn-oidc-identity",
+        b"x-auth-request-email",
+        b"x-auth-request-groups",
+        b"x-auth-request-preferred-username",
+        b"x-auth-request-user",
+        b"x-client-cert",
+        b"x-forwarded-client-cert",
+        b"x-forwarded-email",
+        b"x-forwarded-groups",
+        b"x-forwarded-preferred-username",
+        b"x-forwarded-user",
+        b"x-goog-iap-jwt-assertion",
+        b"x-remote-user",
+        b"x-ssl-client-cert",
+        b"x-ssl-client-s-dn",
+        b"x-ssl-client-verify",
+        b"x-user",
+    }
 )
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 _COMMON_METHODS = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"})
@@ -73,8 +120,19 @@ _HOST = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::\d{1,5})?")
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{8,128}")
 
 
+class Presented(dict[bytes, list[bytes]]):
+    """The headers by which a caller may be identified, by name. Only names are shown, never a value."""
+
+    def __repr__(self) -> str:
+        return f"Presented({', '.join(name.decode('latin-1') for name in self)})"
+
+
 class Request(NamedTuple):
-    """What the steps of a request's way know of it."""
+    """What the steps of a request's way know of it.
+
+    `presented` is what may identify the caller; of headers that only a trusted proxy may set, it has none from
+    elsewhere, and `dropped_identity` counts those left out. `navigates`: a browser wants to show the answer as a page.
+    """
 
     method: str
     path: str
@@ -86,6 +144,9 @@ class Request(NamedTuple):
     client: str
     scheme: str
     host: str
+    presented: Presented = Presented()
+    dropped_identity: int = 0
+    navigates: bool = False
 
 
 class RequestIds:
@@ -104,9 +165,14 @@ class RequestIds:
 
 
 class RequestReader:
-    """Reads requests under one configuration."""
+    """Reads requests under one configuration.
 
-    def __init__(self, server: Server) -> None:
+    `forwarded_identity` names, in lower case, the headers by which trusted proxies say whom they have identified.
+    """
+
+    def __init__(self, server: Server, forwarded_identity: frozenset[bytes] = frozenset()) -> None:
+        self._forwarded_identity = forwarded_identity
+        self._kept_headers = _CREDENTIAL_HEADERS | forwarded_identity | IDENTITY_HEADERS
         self._header_limit = int(server.header_limit)
         self._header_count_limit = server.header_count_limit
         self._url_limit = int(server.url_limit)
@@ -122,7 +188,7 @@ class RequestReader:
         method = scope["method"]
         if method not in _COMMON_METHODS and (method in _REFUSED_METHODS or not _METHOD.fullmatch(method)):
             raise Refusal(501, f"The method {method[:32]!r} is not one that MLflow has.", close=True)
-        passed, noted = self._sort_headers(scope["headers"])
+        passed, noted, presented = self._sort_headers(scope["headers"])
         host = self._host(noted)
         if method not in _SAFE_METHODS and (b"origin" in noted or b"sec-fetch-site" in noted):
             self._refuse_other_sites(noted)
@@ -133,17 +199,43 @@ class RequestReader:
         query = canonical_query(raw_query) if raw_query else ""
         content_type = _content_type(passed) if passed else ""
         client, scheme = self._client(scope)
+        dropped = self._drop_claims(scope, presented) if presented else 0
         return Request(
-            method, canonical_path(raw_path), query, passed, content_type, length, has_body, client, scheme, host
+            method,
+            canonical_path(raw_path),
+            query,
+            passed,
+            content_type,
+            length,
+            has_body,
+            client,
+            scheme,
+            host,
+            presented,
+            dropped,
+            _navigates(method, noted, passed),
         )
+
+    def _drop_claims(self, scope: Scope, presented: Presented) -> int:
+        """Take out what claims an identity and may not, and count it."""
+        claims = [name for name in presented if name not in _CREDENTIAL_HEADERS]
+        if not claims:
+            return 0
+        peer = scope["client"][0] if scope.get("client") else ""
+        if _is_trusted(peer, self._trusted):
+            claims = [name for name in claims if name not in self._forwarded_identity]
+        for name in claims:
+            del presented[name]
+        return len(claims)
 
     def _sort_headers(
         self, headers: list[tuple[bytes, bytes]]
-    ) -> tuple[list[tuple[bytes, bytes]], dict[bytes, list[bytes]]]:
+    ) -> tuple[list[tuple[bytes, bytes]], dict[bytes, list[bytes]], Presented]:
         if len(headers) > self._header_count_limit:
             raise Refusal(431, f"More than {self._header_count_limit} headers (server.header_count_limit).", close=True)
         passed: list[tuple[bytes, bytes]] = []
         noted: dict[bytes, list[bytes]] = {}
+        presented = Presented()
         size = 0
         for pair in headers:
             name, value = pair
@@ -152,6 +244,8 @@ class RequestReader:
                 passed.append(pair)
             elif name in _NOTED_HEADERS:
                 noted.setdefault(name, []).append(value)
+            elif name in self._kept_headers:
+                presented.setdefault(name, []).append(value)
         if size > self._header_limit:
             raise Refusal(
                 431, f"The headers are larger than {self._header_limit} bytes (server.header_limit).", close=True
@@ -160,7 +254,7 @@ class RequestReader:
             _refuse_doubles(passed)
         if b"connection" in noted:
             passed = _without_hop_by_hop(passed, noted[b"connection"])
-        return passed, noted
+        return passed, noted, presented
 
     def _host(self, noted: dict[bytes, list[bytes]]) -> str:
         values = noted.get(b"host", ())
@@ -273,6 +367,16 @@ def _is_trusted(text: str, trusted: list[Network]) -> bool:
     address = ip_address(text)
     address = getattr(address, "ipv4_mapped", None) or address  # how a socket for both families names IPv4 peers
     return any(address in network for network in trusted)
+
+
+def _navigates(method: str, noted: dict[bytes, list[bytes]], passed: list[tuple[bytes, bytes]]) -> bool:
+    """Whether a browser wants the answer as a page: it says so, or, without fetch metadata, it asks for HTML."""
+    if method != "GET":
+        return False
+    mode = noted.get(b"sec-fetch-mode")
+    if mode is not None:
+        return mode == [b"navigate"]
+    return any(name == b"accept" and b"text/html" in value for name, value in passed)
 
 
 def _content_length(noted: dict[bytes, list[bytes]]) -> int | None:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Awaitable, Iterable
 from typing import NamedTuple
 
 from mlflow_proxy import retries
 from mlflow_proxy.aws import errors as aws
 from mlflow_proxy.aws.credentials import Credentials, CredentialStore, CredentialsUnavailable
+from mlflow_proxy.aws.role_sessions import RoleSession
 from mlflow_proxy.deadlines import Deadlines, Timeout
 from mlflow_proxy.errors import Refusal
 from mlflow_proxy.http1 import AnswerTimeout, Connection, UpstreamError
@@ -72,38 +73,60 @@ class Sender:
         # By target, on the monotonic clock: when it last answered as it should; gone after a failure.
         self.last_success: dict[str, float] = {}
 
-    async def send(self, target: Target, request: Request, path: str, body: Payload, record: Record) -> Answer:
-        """The answer to one request; `done` takes back what it holds. Raises Refusal when there is none to be had."""
+    async def send(  # noqa: PLR0917  (in the order of the steps)
+        self,
+        target: Target,
+        request: Request,
+        path: str,
+        body: Payload,
+        record: Record,
+        session: RoleSession | None = None,
+    ) -> Answer:
+        """The answer to one request; `done` takes back what it holds. Raises Refusal when there is none to be had.
+
+        It is signed with the caller's role `session`, or as the target says.
+        """
         line = self._lines[target.name]
+        record.step("sign")
+        if session is not None:
+            pending = self._credentials.obtain(target, session)
+            if pending is not None:
+                await _obtained(target, pending)
         attempt, corrected = 0, False
         give_up = time.perf_counter() + self._upstream.first_byte_timeout
         while True:
             throttled = False
             try:
-                answer = await self._attempt(line, request, path, body, record, give_up=give_up)
+                answer = await self._attempt(line, request, path, body, record, session=session, give_up=give_up)
             except UpstreamError as error:
                 pause = retries.delay(attempt + 1)
                 may_repeat = retries.may_repeat(error, request.method)
                 if not may_repeat or attempt >= self._upstream.retries or time.perf_counter() + pause > give_up:
                     self.last_success.pop(target.name, None)
+                    record.upstream_error = _kind(error)
                     raise _refusal(target, error) from error
             else:
                 if answer.error is None:
-                    self._note(target, answer)
+                    self._note(target, answer, session)
                     return answer
                 throttled = answer.error.throttled
+                record.throttled = record.throttled or throttled
                 pause = retries.delay(attempt + 1, throttled=True) if throttled else 0.0
                 if throttled and (attempt >= self._upstream.retries or time.perf_counter() + pause > give_up):
+                    record.upstream_error = "throttled"
                     return answer
-                if not throttled and (corrected or not await self._corrected(line, answer)):
-                    self._note(target, answer)
+                if not throttled and (corrected or not await self._corrected(line, answer, session)):
+                    self._note(target, answer, session)
+                    record.upstream_error = "aws"
                     return answer
                 corrected = corrected or not throttled
             attempt += 1
             record.retries += 1
             await asyncio.sleep(pause)
 
-    def _note(self, target: Target, answer: Answer) -> None:
+    def _note(self, target: Target, answer: Answer, session: RoleSession | None) -> None:
+        if session is not None and answer.status == 403:
+            return  # this caller's IAM role may not; that says nothing of the target
         if answer.status < 400:
             self.last_success[target.name] = time.monotonic()
         elif answer.error is not None or answer.status >= 500:
@@ -140,13 +163,24 @@ class Sender:
             line.pool.close()
 
     async def _attempt(
-        self, line: Line, request: Request, path: str, body: Payload, record: Record, *, give_up: float
+        self,
+        line: Line,
+        request: Request,
+        path: str,
+        body: Payload,
+        record: Record,
+        *,
+        session: RoleSession | None,
+        give_up: float,
     ) -> Answer:
         """One request on one connection, which is given back here unless the answer still needs it."""
         try:
-            credentials = self._credentials.get(line.target)
+            credentials = self._credentials.get(line.target, session)
         except CredentialsUnavailable as unavailable:
-            raise Refusal(503, f"No AWS credentials for {line.target.name}: {unavailable}", retry_after=5) from None
+            raise _no_credentials(line.target, unavailable) from None
+        if record.trace is not None:
+            endpoint = line.target.endpoint
+            request = request._replace(headers=record.trace.upstream(request.headers, endpoint.host, endpoint.port))
         offset = line.signer.clock.offset
         head = line.signer.head(request, path, body, credentials, request_id=record.request_id)
         started = time.perf_counter()
@@ -163,6 +197,8 @@ class Sender:
             )
             record.upstream_seconds += time.perf_counter() - started
             record.upstream_request_id = upstream_request_id(connection.headers)
+            if record.trace is not None:
+                record.trace.answered(connection.status)
             if connection.complete and connection.status < 400:  # nearly always: all of it came at once
                 body_read = connection.take()
                 line.pool.release(connection)
@@ -192,7 +228,7 @@ class Sender:
             return answer._replace(body=body) if error is None else answer._replace(connection=None, error=error)
         return answer._replace(connection=None, body=body, error=aws.aws_error(answer.status, answer.headers, body))
 
-    async def _corrected(self, line: Line, answer: Answer) -> bool:
+    async def _corrected(self, line: Line, answer: Answer, session: RoleSession | None) -> bool:
         """Put right what the service found wrong with the signature, if it can be: the clock, or the credentials."""
         error = answer.error
         assert error is not None  # noqa: S101  # the caller's condition, for the type checker
@@ -202,12 +238,33 @@ class Sender:
             return False
         try:
             # Another request may have brought new ones already, after this one was signed.
-            if self._credentials.get(line.target) != answer.credentials:
+            if self._credentials.get(line.target, session) != answer.credentials:
                 return True
-            return await self._credentials.wait_refreshed(line.target, _RENEWAL_WAIT) != answer.credentials
+            return await self._credentials.wait_refreshed(line.target, _RENEWAL_WAIT, session) != answer.credentials
         except CredentialsUnavailable as unavailable:
             logger.warning("credentials for %s could not be renewed: %s", line.target.name, unavailable)
             return False
+
+
+async def _obtained(target: Target, pending: Awaitable[None]) -> None:
+    """Wait for the credentials of a caller's role session. Raises Refusal."""
+    try:
+        await pending
+    except CredentialsUnavailable as unavailable:
+        raise _no_credentials(target, unavailable) from None
+
+
+def _no_credentials(target: Target, unavailable: CredentialsUnavailable) -> Refusal:
+    return Refusal(503, f"No AWS credentials for {target.name}: {unavailable}", retry_after=5)
+
+
+def _kind(error: UpstreamError) -> str:
+    """The failure's name in metrics and traces."""
+    if isinstance(error, Busy):
+        return "busy"
+    if isinstance(error, AnswerTimeout):
+        return "timeout"
+    return "connect" if isinstance(error, NotConnected) else "broken"
 
 
 def _refusal(target: Target, error: UpstreamError) -> Refusal:

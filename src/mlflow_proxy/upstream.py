@@ -19,6 +19,10 @@ from mlflow_proxy.settings import Upstream as UpstreamSettings
 from mlflow_proxy.targets import Target
 from mlflow_proxy.tunnel import open_tunnel
 
+# Callers wait for a place before they come here (`limits`), and there are no more places than connections. Only the
+# proxy's own requests may find none free.
+_MOST_WAITING = 64
+
 
 class NotConnected(NotSent):
     """No connection was made."""
@@ -111,7 +115,7 @@ class Pool:
             self.release(connection)
 
     async def _wait_turn(self) -> Connection | None:
-        if len(self._waiting) >= self._settings.pending:
+        if len(self._waiting) >= _MOST_WAITING:
             raise Busy(
                 f"all {self._settings.connections} connections are in use and {len(self._waiting)} requests wait"
             )

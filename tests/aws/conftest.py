@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlsplit
 from urllib.request import Request, urlopen
@@ -16,6 +18,8 @@ from urllib.request import Request, urlopen
 import botocore.session
 import pytest
 from moto.server import ThreadedMotoServer
+
+from mlflow_proxy.aws import sources
 
 if TYPE_CHECKING:
     from mypy_boto3_iam import IAMClient
@@ -34,10 +38,13 @@ class CredentialSource:
         self.lifetime = 3600.0
         self.failing = False
         self.delay = 0.0
+        self.delays: dict[str, float] = {}  # further seconds for role sessions whose names begin so
         self.external_id: str | None = None
+        self.trusted = {"sts:AssumeRole", "sts:TagSession", "sts:SetSourceIdentity"}  # by the roles' trust policies
         self.refused_keys: dict[str, str] = {}  # with the code of the refusal
         self.asked: Counter[str] = Counter()
         self.roles_asked: list[dict[str, str]] = []
+        self.signed_by: list[str] = []  # the access keys of calls to STS
         self._lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._server.daemon_threads = True
@@ -101,14 +108,17 @@ class CredentialSource:
     def _sts(self, wanted: dict[str, str], headers: Any) -> tuple[int, str]:
         with self._lock:
             self.roles_asked.append(wanted)
+            self.signed_by.append(headers["authorization"].partition("Credential=")[2].partition("/")[0])
         for key, code in self.refused_keys.items():
             if f"Credential={key}/" in headers["authorization"]:
                 return 403, _sts_error(code, "The security token included in the request is expired or invalid")
-        if self.external_id is not None and wanted.get("ExternalId") != self.external_id:
+        time.sleep(sum(delay for name, delay in self.delays.items() if wanted["RoleSessionName"].startswith(name)))
+        refused = self._refused(wanted)
+        if refused is not None:
             with self._lock:
                 self.asked["denied"] += 1
             who = "arn:aws:iam::111122223333:user/proxy"
-            message = f"User: {who} is not authorized to perform: sts:AssumeRole on resource: {wanted['RoleArn']}"
+            message = f"User: {who} is not authorized to perform: {refused} on resource: {wanted['RoleArn']}"
             return 403, _sts_error("AccessDenied", message)
         given = self.issue("sts")
         return 200, (
@@ -118,6 +128,14 @@ class CredentialSource:
             f"<SessionToken>{given['Token']}</SessionToken><Expiration>{given['Expiration']}</Expiration>"
             "</Credentials></AssumeRoleResult></AssumeRoleResponse>"
         )
+
+    def _refused(self, wanted: dict[str, str]) -> str | None:
+        """The first action that the role's trust policy does not allow."""
+        if self.external_id is not None and wanted.get("ExternalId") != self.external_id:
+            return "sts:AssumeRole"
+        needed = {"RoleArn": "sts:AssumeRole", "Tags.member.1.Key": "sts:TagSession"}
+        needed["SourceIdentity"] = "sts:SetSourceIdentity"
+        return next((action for name, action in needed.items() if name in wanted and action not in self.trusted), None)
 
     def _handler(self) -> type[BaseHTTPRequestHandler]:
         source = self
@@ -144,6 +162,18 @@ def _sts_error(code: str, message: str) -> str:
         '<ErrorResponse xmlns="https://sts.amazonaws.com/doc/2011-06-15/"><Error><Type>Sender</Type>'
         f"<Code>{code}</Code><Message>{message}</Message></Error></ErrorResponse>"
     )
+
+
+@pytest.fixture
+def no_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Whatever this machine has, the test doesn't see; and what failed may be tried again after a second."""
+    for name in list(os.environ):
+        if name.startswith("AWS_") or name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setattr(sources, "_LEAST_INTERVAL", 1.0)
 
 
 @pytest.fixture

@@ -10,70 +10,33 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from datetime import UTC, datetime
 from hashlib import sha1
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 from botocore import exceptions as failures
 from botocore.credentials import RefreshableCredentials
+from tests.aws.stores import STATIC, a_target, run, setenv, until
 
 from mlflow_proxy.aws import credentials as module
-from mlflow_proxy.aws import sessions
+from mlflow_proxy.aws import sessions, sources
 from mlflow_proxy.aws.credentials import Credentials, CredentialStore, CredentialsUnavailable
 from mlflow_proxy.settings import Aws
-from mlflow_proxy.targets import Target, default_endpoint, parse_arn
+from mlflow_proxy.targets import Target
+from mlflow_proxy.threads import Threads
 
 if TYPE_CHECKING:
     from tests.aws.conftest import CredentialSource
 
 ROLE = "arn:aws:iam::444455556666:role/mlflow"
-STATIC = {"AWS_ACCESS_KEY_ID": "AKIASTATIC", "AWS_SECRET_ACCESS_KEY": "static-secret"}
 DEAD = "http://127.0.0.1:9"
 
 
-@pytest.fixture(autouse=True)
-def _no_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Whatever this machine has, the tests don't see."""
-    for name in list(os.environ):
-        if name.startswith("AWS_") or name.lower().endswith("_proxy"):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    monkeypatch.setattr(module, "_LEAST_INTERVAL", 1.0)
-
-
-def setenv(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-
-
-def a_target(name: str = "dev", role: str | None = None, **more: Any) -> Target:
-    arn = parse_arn(f"arn:aws:sagemaker:eu-west-1:111122223333:mlflow-tracking-server/{name}")
-    return Target(name, arn, default_endpoint(arn), assume_role_arn=role, **more)
-
-
-def run(
-    test: Callable[[CredentialStore], Coroutine[Any, Any, None]],
-    *targets: Target,
-    aws: Aws | None = None,
-    proxy: str | None = None,
-) -> None:
-    """Start a store, run `test` on it, close it."""
-
-    async def main() -> None:
-        store = CredentialStore(targets or (a_target(),), aws or Aws(), proxy=proxy)
-        await store.start()
-        try:
-            await test(store)
-        finally:
-            await store.close()
-
-    asyncio.run(main())
+pytestmark = pytest.mark.usefixtures("no_credentials")
 
 
 def fetch(target: Target | None = None, aws: Aws | None = None, proxy: str | None = None) -> Credentials:
@@ -93,13 +56,6 @@ def reason(target: Target | None = None, aws: Aws | None = None) -> str:
     with pytest.raises(CredentialsUnavailable) as caught:
         fetch(target, aws)
     return caught.value.reason
-
-
-async def until(condition: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "did not happen"
-        await asyncio.sleep(0.05)
 
 
 class TestProviders:
@@ -244,7 +200,7 @@ class TestRoles:
         target = a_target(role=ROLE)
 
         async def test(store: CredentialStore) -> None:
-            await asyncio.sleep(module._LEAST_INTERVAL)
+            await asyncio.sleep(sources._LEAST_INTERVAL)
             source.refused_keys["ASIAIMDS00000001"] = "ExpiredToken"
             found = await store.wait_refreshed(target, 60)
             assert found.access_key.startswith("ASIASTS")
@@ -262,7 +218,7 @@ class TestRoles:
         async def test(store: CredentialStore) -> None:
             old = store.get(target)
             _write_profile(tmp_path, *rotate())
-            await asyncio.sleep(module._LEAST_INTERVAL)
+            await asyncio.sleep(sources._LEAST_INTERVAL)
             new = await store.wait_refreshed(target, 60)
             assert new.access_key != old.access_key
             assert store.status(target).error is None
@@ -277,7 +233,7 @@ class TestRoles:
         target = a_target(role=ROLE)
 
         async def test(store: CredentialStore) -> None:
-            await asyncio.sleep(module._LEAST_INTERVAL)
+            await asyncio.sleep(sources._LEAST_INTERVAL)
             source.refused_keys["ASIAIMDS00000001"] = code
             await store.wait_refreshed(target, 60)
             assert source.asked["imds"] == 2
@@ -335,7 +291,7 @@ class TestRenewal:
 
         async def test(store: CredentialStore) -> None:
             old = store.get(target)
-            await asyncio.sleep(module._LEAST_INTERVAL)
+            await asyncio.sleep(sources._LEAST_INTERVAL)
             source.delay = 1.0
             waiting = asyncio.create_task(store.wait_refreshed(target, 60))
             await until(lambda: len(source.roles_asked) == 1 and not waiting.done())
@@ -383,9 +339,9 @@ class TestRenewal:
         async def test(store: CredentialStore) -> None:
             assert store.get(target).access_key == "AKIAOLD"
             _write_profile(tmp_path, "AKIANEW")
-            await asyncio.sleep(module._LEAST_INTERVAL)
-            store.refresh_soon(target)
-            await until(lambda: store.get(target).access_key == "AKIANEW")
+            await asyncio.sleep(sources._LEAST_INTERVAL)
+            assert (await store.wait_refreshed(target, 60)).access_key == "AKIANEW"
+            assert store.get(target).access_key == "AKIANEW"
 
         run(test, target, aws=Aws(profile="dev"))
 
@@ -395,10 +351,8 @@ class TestRenewal:
 
         async def test(store: CredentialStore) -> None:
             old = store.get(target)
-            await asyncio.sleep(module._LEAST_INTERVAL)
+            await asyncio.sleep(sources._LEAST_INTERVAL)
             source.delay = 0.5
-            for _ in range(100):
-                store.refresh_soon(target)
             found = await asyncio.gather(*(store.wait_refreshed(target, 60) for _ in range(100)))
             assert old not in found
             assert len(set(found)) == 1
@@ -413,7 +367,7 @@ class TestRenewal:
         target = a_target(role=ROLE)
 
         async def test(store: CredentialStore) -> None:
-            await asyncio.sleep(module._LEAST_INTERVAL)
+            await asyncio.sleep(sources._LEAST_INTERVAL)
             source.delay = 2.0
             with pytest.raises(CredentialsUnavailable, match="no new credentials within"):
                 await store.wait_refreshed(target, 0.1)
@@ -474,45 +428,17 @@ class TestRenewal:
             store = CredentialStore([a_target(role=ROLE)], Aws(sts_endpoint=source.url))
             await store.start()
             source.delay = 3.0
-            await asyncio.sleep(module._LEAST_INTERVAL)
-            store.refresh_soon(a_target(role=ROLE))
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(sources._LEAST_INTERVAL)
+            waiting = asyncio.create_task(store.wait_refreshed(a_target(role=ROLE), 60))
+            await until(lambda: len(source.roles_asked) == 2)
             await store.close()
-            store.refresh_soon(a_target(role=ROLE))
-            await asyncio.sleep(0)
+            await waiting
             assert asyncio.all_tasks() == {asyncio.current_task()}
+            await asyncio.sleep(sources._LEAST_INTERVAL)
+            await store.wait_refreshed(a_target(role=ROLE), 60)
+            assert len(source.roles_asked) == 2
 
         asyncio.run(main())
-
-    @pytest.mark.parametrize(
-        ("provider", "remaining", "rotated", "least", "most"),
-        [
-            ("assume-role", None, True, None, None),
-            ("assume-role", 3600, True, 2400, 2700),
-            ("assume-role", 43200, True, 42000, 42300),
-            ("assume-role", 40, True, 27, 30),
-            ("container-role", 3000, False, 45, 60),
-            ("iam-role", 20000, True, 180, 240),
-            ("iam-role", 1, False, 1, 1),
-        ],
-    )
-    def test_when_to_renew(
-        self, provider: str, remaining: float | None, rotated: bool, least: float | None, most: float | None
-    ) -> None:
-        expires_at = None if remaining is None else 1000.0 + remaining
-        fetched = Credentials("AKIA", "secret", None, expires_at, provider)
-        for _ in range(200):
-            delay = module._renewal_delay(fetched, 1000.0, rotated=rotated)
-            if least is None or most is None:
-                assert delay is None
-            else:
-                assert delay is not None
-                assert least <= delay <= most
-
-    def test_backoff_is_capped(self) -> None:
-        assert 0.75 <= module._backoff(1) <= 1.25
-        assert 3 <= module._backoff(3) <= 5
-        assert all(module._backoff(failed) <= 75 for failed in range(1, 5000))
 
 
 class TestThreads:
@@ -520,7 +446,7 @@ class TestThreads:
         release = threading.Event()
 
         async def main() -> None:
-            threads = module._Threads(1)
+            threads = Threads("test", 1)
             with pytest.raises(TimeoutError):
                 await threads.run(release.wait, 0.05)
             # The thread of the first call still runs, so the only place is taken.
@@ -534,7 +460,7 @@ class TestThreads:
     def test_errors_pass(self) -> None:
         async def main() -> None:
             with pytest.raises(KeyError):
-                await module._Threads(1).run({}.popitem, 60)
+                await Threads("test", 1).run({}.popitem, 60)
 
         asyncio.run(main())
 

@@ -15,6 +15,7 @@ from botocore.loaders import Loader
 
 from mlflow_proxy.aws import sessions
 from mlflow_proxy.aws.presign import PresignError, ServerDescription, describe, presigned_url
+from mlflow_proxy.aws.role_sessions import RoleSession
 from mlflow_proxy.aws.sessions import Credentials
 from mlflow_proxy.settings import Aws
 from mlflow_proxy.targets import Target, default_endpoint, parse_arn
@@ -261,7 +262,7 @@ class TestLocalSageMaker:
         for name, value in sagemaker.environment().items():
             monkeypatch.setenv(name, value)  # as an operator would: botocore finds both endpoints by itself
         arn = sagemaker.cross_account_arn
-        role = sessions.Role(sagemaker.roles["cross-account"], sagemaker.external_id, "test", sagemaker.region)
-        assumed = sessions.assume_role(role, keys, Aws())
+        role = RoleSession(sagemaker.roles["cross-account"], sagemaker.external_id, sagemaker.region, "test")
+        assumed = sessions.Sts(Aws()).assume_role(role, keys)
         url = presign(arn, Aws(), keys=assumed)
         assert requests.get(url, timeout=60).status_code == 200

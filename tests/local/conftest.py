@@ -125,9 +125,9 @@ class Caller:
             aws_session_token=self.credentials.token,
         )
 
-    def assume(self, role: str, **options: Any) -> "Caller":
+    def assume(self, role: str, *, name: str = "tests", **options: Any) -> "Caller":
         arn = self.sagemaker.roles.get(role, role)
-        given = self.client("sts").assume_role(RoleArn=arn, RoleSessionName="tests", **options)["Credentials"]
+        given = self.client("sts").assume_role(RoleArn=arn, RoleSessionName=name, **options)["Credentials"]
         return Caller(
             self.sagemaker,
             Credentials(given["AccessKeyId"], given["SecretAccessKey"], given["SessionToken"]),

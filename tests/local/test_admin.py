@@ -28,6 +28,8 @@ def test_journal_tells_what_arrived(developer: Any, sagemaker: Any, admin: Any) 
         "principal": "arn:aws:iam::111122223333:user/developer",
         "access_key": developer.credentials.access_key,
         "action": "sagemaker-mlflow:GetRun",
+        "session_tags": {},
+        "source_identity": None,
         "verdict": "allowed",
         "status": 404,
         "fault": None,

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -153,3 +154,138 @@ def test_caller_identity(developer: Any) -> None:
     assert developer.client("sts").get_caller_identity()["Arn"] == "arn:aws:iam::111122223333:user/developer"
     arn = developer.assume("reader").client("sts").get_caller_identity()["Arn"]
     assert arn == "arn:aws:sts::111122223333:assumed-role/reader/tests"
+
+
+ALICE = {"Tags": [{"Key": "caller", "Value": "user:alice"}, {"Key": "empty", "Value": ""}], "SourceIdentity": "alice"}
+
+
+def test_what_a_session_carries_is_in_the_journal(developer: Any, sagemaker: Any, admin: Any) -> None:
+    alice = developer.assume("writer", name="alice-1", **ALICE)
+    assert alice.call("POST", SEARCH, {"max_results": 1}).status == 200
+    entry = admin.last()
+    assert entry["principal"] == "arn:aws:sts::111122223333:assumed-role/writer/alice-1"
+    assert entry["session_tags"] == {"caller": "user:alice", "empty": ""}
+    assert entry["source_identity"] == "alice"
+    developer.assume("writer").call("POST", SEARCH, {"max_results": 1})
+    entry = admin.last()
+    assert (entry["session_tags"], entry["source_identity"]) == ({}, None)
+
+
+@pytest.mark.parametrize("role", ["writer", "reader", "nothing", "cross-account"])
+def test_roles_that_let_sessions_be_tagged(developer: Any, sagemaker: Any, role: str) -> None:
+    external = {"ExternalId": sagemaker.external_id} if role == "cross-account" else {}
+    assert developer.assume(role, **ALICE, **external).credentials.token
+
+
+def test_one_that_does_not(developer: Any) -> None:
+    developer.assume("untagged")
+    with pytest.raises(ClientError, match=r"AccessDenied.*sts:TagSession on resource: .*role/untagged"):
+        developer.assume("untagged", Tags=ALICE["Tags"])
+    with pytest.raises(ClientError, match=r"AccessDenied.*sts:SetSourceIdentity on resource: .*role/untagged"):
+        developer.assume("untagged", SourceIdentity="alice")
+
+
+def test_the_caller_needs_the_permission_to_tag_too(make_user: Any, sagemaker: Any) -> None:
+    user = make_user({"Effect": "Allow", "Action": "sts:AssumeRole", "Resource": sagemaker.roles["writer"]})
+    user.assume("writer")
+    with pytest.raises(ClientError, match=r"AccessDenied.*sts:TagSession"):
+        user.assume("writer", Tags=ALICE["Tags"])
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"name": "a:b"}, "roleSessionName.*pattern"),
+        ({"name": "é" * 4}, "roleSessionName.*pattern"),
+        ({"name": "a" * 65}, "roleSessionName.*less than or equal to 64"),
+        ({"SourceIdentity": "a b"}, "sourceIdentity.*pattern"),
+        ({"Tags": [{"Key": "k", "Value": "a,b"}]}, "tags.1.member.value.*pattern"),
+        ({"Tags": [{"Key": "k", "Value": "v" * 257}]}, "tags.1.member.value.*less than or equal to 256"),
+        ({"Tags": [{"Key": "k*", "Value": "v"}]}, "tags.1.member.key.*pattern"),
+        ({"Tags": [{"Key": "aws:k", "Value": "v"}]}, "must not begin with aws:"),
+        ({"Tags": [{"Key": "k", "Value": "v"}, {"Key": "K", "Value": "w"}]}, "Duplicate tag keys"),
+        ({"Tags": [{"Key": f"k{n}", "Value": "v"} for n in range(51)]}, "tags.*less than or equal to 50"),
+    ],
+)
+def test_what_sts_does_not_take(developer: Any, options: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ClientError, match=complaint):
+        developer.assume("writer", **options)
+
+
+def test_tags_of_many_alphabets_are_taken(developer: Any, admin: Any) -> None:
+    developer.assume("writer", Tags=[{"Key": "caller", "Value": "Jörg 七/٣"}]).call("POST", SEARCH, {"max_results": 1})
+    assert admin.last()["session_tags"] == {"caller": "Jörg 七/٣"}
+
+
+@pytest.fixture
+def make_role(developer: Any) -> Iterator[Callable[..., str]]:
+    """Makes roles that `developer` may assume, with the statements given."""
+    iam = developer.client("iam")
+    made: list[str] = []
+
+    def document(*statements: dict[str, Any]) -> str:
+        return json.dumps({"Version": "2012-10-17", "Statement": list(statements)})
+
+    def make(trust: dict[str, Any], *statements: dict[str, Any]) -> str:
+        name = f"role-{len(made)}"
+        principal = {"Effect": "Allow", "Principal": {"AWS": "arn:aws:iam::111122223333:root"}}
+        role = iam.create_role(RoleName=name, AssumeRolePolicyDocument=document({**principal, **trust}))["Role"]
+        made.append(name)
+        iam.put_role_policy(RoleName=name, PolicyName="p", PolicyDocument=document(*statements))
+        may = {"Effect": "Allow", "Action": "sts:*", "Resource": role["Arn"]}
+        iam.put_user_policy(UserName="developer", PolicyName=name, PolicyDocument=document(may))
+        return str(role["Arn"])
+
+    yield make
+    for name in made:
+        iam.delete_user_policy(UserName="developer", PolicyName=name)
+        iam.delete_role_policy(RoleName=name, PolicyName="p")
+        iam.delete_role(RoleName=name)
+
+
+def named(who: str) -> list[dict[str, str]]:
+    return [{"Key": "caller", "Value": who}]
+
+
+@pytest.mark.parametrize(
+    ("condition", "allowed"),
+    [
+        ({"StringEquals": {"aws:PrincipalTag/caller": ["user:bob", "user:alice"]}}, {"user:alice", "user:bob"}),
+        ({"StringLike": {"aws:PrincipalTag/caller": "user:a*"}}, {"user:alice"}),
+        ({"StringEquals": {"aws:PrincipalTag/role": "writer"}}, set()),
+    ],
+)
+def test_policies_see_the_tags(developer: Any, make_role: Any, condition: Any, allowed: set[str]) -> None:
+    tagging = {"Action": ["sts:AssumeRole", "sts:TagSession"]}
+    role = make_role(
+        tagging, {"Effect": "Allow", "Action": "sagemaker-mlflow:*", "Resource": "*", "Condition": condition}
+    )
+    found = {
+        who
+        for who in ("user:alice", "user:bob", "key:ci")
+        if developer.assume(role, Tags=named(who)).call("POST", SEARCH, {"max_results": 1}).status == 200
+    }
+    assert found == allowed
+
+
+def test_policies_see_the_source_identity(developer: Any, make_role: Any) -> None:
+    condition = {"StringEquals": {"aws:SourceIdentity": "alice"}}
+    role = make_role(
+        {"Action": ["sts:AssumeRole", "sts:SetSourceIdentity"]},
+        {"Effect": "Allow", "Action": "sagemaker-mlflow:*", "Resource": "*", "Condition": condition},
+    )
+    assert developer.assume(role, SourceIdentity="alice").call("POST", SEARCH, {"max_results": 1}).status == 200
+    assert developer.assume(role, SourceIdentity="mallory").call("POST", SEARCH, {}).error == DENIED
+    assert developer.assume(role).call("POST", SEARCH, {}).error == DENIED
+
+
+def test_trust_policies_see_what_is_asked_for(developer: Any, make_role: Any) -> None:
+    wanted = {"aws:RequestTag/caller": "user:*", "sts:RoleSessionName": "alice*", "sts:SourceIdentity": "alice*"}
+    actions = ["sts:AssumeRole", "sts:TagSession", "sts:SetSourceIdentity"]
+    nothing = {"Effect": "Deny", "Action": "*", "Resource": "*"}
+    role = make_role({"Action": actions, "Condition": {"StringLike": wanted}}, nothing)
+    right = {"name": "alice-1", "Tags": named("user:alice"), "SourceIdentity": "alice"}
+    developer.assume(role, **right)
+    for wrong in ({"name": "bob"}, {"Tags": named("key:ci")}, {"SourceIdentity": "bob"}):
+        with pytest.raises(ClientError, match="AccessDenied"):
+            developer.assume(role, **{**right, **wrong})

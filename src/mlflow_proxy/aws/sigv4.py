@@ -85,7 +85,7 @@ class SigningKey:
         return outer.hexdigest()
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=2048)  # a caller's session each, in every worker
 def key_for(secret_key: str, day: str, region: str, service: str) -> SigningKey:
     """The key that signs on `day`; kept, since it stays the same for a day, region, service and secret."""
     return SigningKey(signing_key(secret_key, day, region, service))

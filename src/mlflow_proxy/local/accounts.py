@@ -21,6 +21,8 @@ from .targets import Arn
 
 EXTERNAL_ID = "demo-external-id"
 _USER = "developer"
+# The last two, to give the session tags and a source identity.
+_ASSUME = ("sts:AssumeRole", "sts:TagSession", "sts:SetSourceIdentity")
 _CONTROL_PLANE = [
     "sagemaker:CreatePresignedMlflow*",
     "sagemaker:DescribeMlflow*",
@@ -60,11 +62,12 @@ def settle(estate: Estate) -> Residents:
     visitor = [*_data(abroad), _allow(_CONTROL_PLANE, abroad), _allow(["sagemaker:ListMlflow*"], "*")]
     roles = {
         "writer": _role(estate.account, "writer", _trust(estate.account), writer),
+        "untagged": _role(estate.account, "untagged", _trust(estate.account, actions=_ASSUME[:1]), writer),
         "reader": _role(estate.account, "reader", _trust(estate.account), reader),
         "nothing": _role(estate.account, "nothing", _trust(estate.account), []),
         "cross-account": _role(estate.other_account, "cross-account", _trust(estate.account, EXTERNAL_ID), visitor),
     }
-    abilities = [*everything, _allow(["sts:AssumeRole"], list(roles.values())), _allow(["s3:*"], "*")]
+    abilities = [*everything, _allow(_ASSUME, list(roles.values())), _allow(["s3:*"], "*")]
     access_key, secret_key = _user(estate.account, _USER, abilities)
     return Residents(access_key, secret_key, roles)
 
@@ -120,11 +123,11 @@ def _allow(actions: Sequence[str], resources: Sequence[str]) -> dict[str, Any]:
     return {"Effect": "Allow", "Action": actions, "Resource": resources}
 
 
-def _trust(account: str, external_id: str | None = None) -> str:
+def _trust(account: str, external_id: str | None = None, actions: Sequence[str] = _ASSUME) -> str:
     statement: dict[str, Any] = {
         "Effect": "Allow",
         "Principal": {"AWS": f"arn:{PARTITION}:iam::{account}:root"},
-        "Action": "sts:AssumeRole",
+        "Action": actions,
     }
     if external_id is not None:
         statement["Condition"] = {"StringEquals": {"sts:ExternalId": external_id}}

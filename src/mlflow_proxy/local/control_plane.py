@@ -75,7 +75,7 @@ class ControlPlane:
     async def _answer(self, request: Request, entry: Entry) -> Body:
         principal = self._checker.check(request, "sagemaker", {"x-amz-target"})
         name = (request.value("x-amz-target") or "").removeprefix(_PREFIX)
-        entry.principal, entry.access_key = principal.arn, principal.access_key
+        entry.identify(principal)
         entry.action = f"sagemaker:{name}"
         operation = self._operations.get(name)
         if operation is None:

@@ -29,7 +29,8 @@ class DataPlane:
     def permit(self, request: Request, principal: Principal, arn: Arn, entry: Entry) -> None:
         """Raise AccessDeniedException unless the principal may make this call; the journal learns both."""
         action, resource = action_of(arn, request.method, request.path)
-        entry.action, entry.principal, entry.access_key = action, principal.arn, principal.access_key
+        entry.action = action
+        entry.identify(principal)
         self._service.directory.authorize(principal, action, resource, arn.account)
 
     async def serve(self, request: Request, target: Target, entry: Entry, send: Send) -> None:

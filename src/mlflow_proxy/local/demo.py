@@ -10,15 +10,20 @@ import sys
 import tempfile
 import threading
 import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import NamedTuple
 from urllib.error import URLError
-from urllib.request import ProxyHandler, build_opener
+from urllib.request import ProxyHandler, Request, build_opener
 
 import click
 
+from mlflow_proxy.access.key_file import change_keys
+from mlflow_proxy.access.key_record import make_key
+
 from .errors import LocalError
 from .stand_in import LocalSageMaker
-from .walkthrough import CLIENT, CURL
+from .walkthrough import CLIENT, CURL, ROLES
 
 _HOST = "127.0.0.1"
 _LAUNCH = Path(__file__).with_name("launch.py")  # ends the proxy with the demo, whatever ends that
@@ -50,18 +55,65 @@ def run_demo(port: int) -> int:
             sagemaker.stop()
 
 
+class Keys(NamedTuple):
+    """The demo's two API keys."""
+
+    reader: str
+    writer: str
+
+
+def _make_keys(path: Path) -> Keys:
+    now = datetime.now(UTC)
+    made = [make_key(name, name, created=now, expires=now + timedelta(days=1)) for name in Keys._fields]
+    with change_keys(path, create=True) as kept:
+        kept += [key for _, key in made]
+    return Keys(*(text for text, _ in made))
+
+
+def _configuration(sagemaker: LocalSageMaker, state: Path, port: int) -> str:
+    return f"""[server]
+port = {port}
+workers = 2
+
+[log]
+format = "text"
+
+[access]
+keys_file = "{state / "keys.jsonl"}"
+
+[audit]
+to = "{state / "audit.jsonl"}"
+
+[[roles]]
+name = "reader"
+targets = ["*"]
+allow = ["AccessUI", "Get*", "List*", "Search*"]
+assume_role_arn = "{sagemaker.roles["reader"]}"
+session_tags = true
+
+[[roles]]
+name = "writer"
+targets = ["*"]
+allow = ["*", "CreatePresigned*"]
+assume_role_arn = "{sagemaker.roles["writer"]}"
+session_tags = true
+
+{sagemaker.proxy_toml()}"""
+
+
 def _with_proxy(sagemaker: LocalSageMaker, state: Path, port: int, ended: threading.Event) -> int:
     config = state / "proxy.toml"
-    config.write_text(f'[server]\nport = {port}\nworkers = 2\n\n[log]\nformat = "text"\n\n{sagemaker.proxy_toml()}')
+    config.write_text(_configuration(sagemaker, state, port))
+    keys = _make_keys(state / "keys.jsonl")
     proxy = subprocess.Popen(  # noqa: S603
         [sys.executable, str(_LAUNCH), str(os.getpid()), "mlflow_proxy", "serve", "--config", str(config)],
         env={**os.environ, **sagemaker.environment()},
         start_new_session=True,  # Ctrl-C reaches the demo alone, which then ends things in order
     )
     try:
-        _wait_until_ready(proxy, port, ended)
+        _wait_until_ready(proxy, port, keys.writer, ended)
         if not ended.is_set():
-            click.echo(guide(f"http://{_HOST}:{port}", config, sagemaker))
+            click.echo(guide(f"http://{_HOST}:{port}", state, keys, sagemaker))
         while not ended.wait(0.5):
             if proxy.poll() is not None:
                 raise LocalError(f"the proxy ended by itself with exit code {proxy.returncode}")
@@ -76,7 +128,7 @@ def _with_proxy(sagemaker: LocalSageMaker, state: Path, port: int, ended: thread
             proxy.wait()
 
 
-def guide(url: str, config: Path, sagemaker: LocalSageMaker) -> str:
+def guide(url: str, state: Path, keys: Keys, sagemaker: LocalSageMaker) -> str:
     """What to try, ready to paste."""
     bar = "─" * 78
     return f"""
@@ -87,7 +139,14 @@ The proxy is ready: {url}
   serverless MLflow App     {url}/t/app/
   overview                  {url}/-/
 
-Open these in a browser for MLflow's UI. The proxy's configuration is {config}.
+Two keys: the writer's may do everything, the reader's may only look. In a browser any
+user name goes with the key as password.
+
+  writer   {keys.writer}
+  reader   {keys.reader}
+
+The proxy's configuration: {state / "proxy.toml"}
+Its audit log:             {state / "audit.jsonl"}
 The local SageMaker checks every signature, as AWS does; its faults and journal:
   {sagemaker.admin_endpoint}/_local/faults   {sagemaker.admin_endpoint}/_local/requests
 
@@ -95,14 +154,19 @@ Seven calls with plain curl. Paste into another terminal:
 
 PROXY={url}            # the tracking server
 # PROXY={url}/t/app    # the MLflow App: the same commands
+KEY={keys.writer}
+READER={keys.reader}
 
 {CURL}
+
+Who may do what:
+
+{ROLES}
 
 The same with any MLflow client, no AWS plugin:
 
 export MLFLOW_TRACKING_URI={url}            # the tracking server
 # export MLFLOW_TRACKING_URI={url}/t/app    # the MLflow App
-
 {CLIENT}
 
 Ctrl-C ends everything. Requests appear below.
@@ -119,15 +183,16 @@ def _is_free(port: int) -> bool:
     return True
 
 
-def _wait_until_ready(proxy: subprocess.Popen[bytes], port: int, ended: threading.Event) -> None:
+def _wait_until_ready(proxy: subprocess.Popen[bytes], port: int, key: str, ended: threading.Event) -> None:
     opener = build_opener(ProxyHandler({}))  # an http_proxy of the environment is not for this
+    ready = Request(f"http://{_HOST}:{port}/-/ready", headers={"X-API-Key": key})
     give_up = time.monotonic() + _START_DEADLINE
     reason = ""
     while time.monotonic() < give_up and not ended.is_set():
         if proxy.poll() is not None:
             raise LocalError(f"the proxy ended with exit code {proxy.returncode}")
         try:
-            with opener.open(f"http://{_HOST}:{port}/-/ready", timeout=10):
+            with opener.open(ready, timeout=10):
                 return
         except (URLError, OSError) as error:
             reason = str(error)

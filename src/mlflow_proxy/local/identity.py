@@ -6,8 +6,8 @@ moto's inner data is touched here and in `accounts` only.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -35,11 +35,20 @@ class Principal:
     created: datetime
     expires: datetime | None
     session_policy: str | None = None
+    session_tags: Mapping[str, str] = field(default_factory=dict)
+    source_identity: str | None = None
 
     def names(self) -> list[str]:
         """What a trust policy may call this principal."""
         root = f"arn:{PARTITION}:iam::{self.account}:root"
         return [self.arn, self.identity_arn, self.account, root]
+
+    def context(self) -> dict[str, str]:
+        """What conditions of policies may ask about this principal."""
+        known = {f"aws:PrincipalTag/{key}": value for key, value in self.session_tags.items()}
+        if self.source_identity is not None:
+            known["aws:SourceIdentity"] = self.source_identity
+        return known
 
 
 class Directory:
@@ -47,6 +56,7 @@ class Directory:
 
     def __init__(self, accounts: Iterable[str]) -> None:
         self._accounts = tuple(accounts)
+        self._carried: dict[str, tuple[Mapping[str, str], str | None]] = {}
         self.credential_lifetime: float | None = None
 
     def find(self, access_key: str) -> Principal | None:
@@ -54,8 +64,13 @@ class Directory:
         for account in self._accounts:
             found = _find_session(account, access_key) or _find_user(account, access_key)
             if found is not None:
-                return found
+                tags, source_identity = self._carried.get(access_key, ({}, None))
+                return replace(found, session_tags=tags, source_identity=source_identity)
         return None
+
+    def carry(self, access_key: str, tags: Mapping[str, str], source_identity: str | None) -> None:
+        """Note what a new session was given; moto forgets it."""
+        self._carried[access_key] = (tags, source_identity)
 
     def expired(self, principal: Principal) -> bool:
         """Whether its session is over: by STS's word, or sooner if a fault says so."""
@@ -68,6 +83,7 @@ class Directory:
 
     def decide(self, principal: Principal, action: str, resource: str, context: Context) -> Decision:
         """What the principal's policies say; a session policy can only narrow them."""
+        context = {**principal.context(), **context}
         decision = evaluate(_policies(principal), action, resource, context)
         if decision is Decision.ALLOW and principal.session_policy:
             return evaluate([json.loads(principal.session_policy)], action, resource, context)

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from .asgi import Request
+from .identity import Principal
 
 _KEPT = 2000
 
@@ -29,11 +30,18 @@ class Entry:
     target: str | None = None
     principal: str | None = None
     access_key: str | None = None
+    session_tags: dict[str, str] = field(default_factory=dict)
+    source_identity: str | None = None
     action: str | None = None
     verdict: str = "pending"
     reason: str = ""
     fault: str | None = None
     status: int | None = None
+
+    def identify(self, principal: Principal) -> None:
+        """Note who sent it."""
+        self.principal, self.access_key = principal.arn, principal.access_key
+        self.session_tags, self.source_identity = dict(principal.session_tags), principal.source_identity
 
 
 class Journal:

@@ -134,7 +134,7 @@ class LocalSageMaker:
 
     @property
     def roles(self) -> Mapping[str, str]:
-        """The ARNs of the roles writer, reader, nothing and cross-account."""
+        """The ARNs of the roles writer, untagged, reader, nothing and cross-account."""
         return {} if self._residents is None else self._residents.roles
 
     def environment(self) -> dict[str, str]:

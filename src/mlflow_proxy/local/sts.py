@@ -1,4 +1,4 @@
-"""What STS checks and moto does not: signatures, and who may assume a role.
+"""What STS checks and moto does not: signatures, who may assume a role, and what a session is called and carries.
 
 A WSGI layer over moto's server. Requests for STS are checked here and then answered by moto; all else (S3,
 IAM) passes untouched, with moto's own leniency: it believes any signature.
@@ -6,6 +6,7 @@ IAM) passes untouched, with moto's own leniency: it believes any signature.
 
 from __future__ import annotations
 
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
@@ -19,6 +20,7 @@ from .errors import AwsError
 from .identity import Principal
 from .journal import Entry
 from .policy import Decision, trusts
+from .role_request import RoleRequest
 from .service import Service
 
 Environ = dict[str, Any]
@@ -38,6 +40,7 @@ _XML_CODES = {
     "ValidationException": "ValidationError",
     "ThrottlingException": "Throttling",
 }
+_ACCESS_KEY = re.compile(rb"<AccessKeyId>(\w+)</AccessKeyId>")
 
 
 class StsGuard:
@@ -53,28 +56,43 @@ class StsGuard:
     def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
         """Judge a request for STS, or pass on another."""
         request = _form_request(environ)
-        form = parse_qs(request.body.decode("latin-1")) if request is not None else {}
+        form = parse_qs(request.body.decode("latin-1"), keep_blank_values=True) if request is not None else {}
         action = form.get("Action", [""])[0]
         if request is None or not (_is_sts(request) or action in _UNSIGNED):
             return self._moto(environ, start_response)
         entry = self._journal.open("sts", request)
         entry.action = f"sts:{action}"
         try:
-            self._judge(request, action, {name: values[0] for name, values in form.items()}, entry)
+            granted = self._judge(request, action, {name: values[0] for name, values in form.items()}, entry)
         except AwsError as error:
             if entry.verdict != "allowed":
                 entry.verdict = error.type
             entry.reason, entry.status = error.reason, error.status
             return _refuse(error, start_response)
         entry.status = 200
-        return self._moto(environ, start_response)
+        answer = self._moto(environ, start_response)
+        return answer if granted is None else self._grant(granted, answer)
 
-    def _judge(self, request: Request, action: str, form: Mapping[str, str], entry: Entry) -> None:
+    def _grant(self, granted: RoleRequest, answer: Iterable[bytes]) -> list[bytes]:
+        """Pass on moto's answer, and note what the new session carries."""
+        body = b"".join(answer)
+        close = getattr(answer, "close", None)  # PEP 3333: whoever ends the iteration calls it, if there is one
+        if close is not None:
+            close()
+        access_key = _ACCESS_KEY.search(body)
+        if access_key is not None:
+            self._directory.carry(access_key[1].decode(), granted.tags, granted.source_identity)
+        return [body]
+
+    def _judge(self, request: Request, action: str, form: Mapping[str, str], entry: Entry) -> RoleRequest | None:
+        """Raises AwsError if STS would refuse; returns what is granted if a role is assumed."""
+        granted = None
         if action not in _UNSIGNED:
             principal = self._checker.check(request, "sts", ())
-            entry.principal, entry.access_key = principal.arn, principal.access_key
+            entry.identify(principal)
             if action == "AssumeRole":
-                self._may_assume(principal, form)
+                granted = RoleRequest.parse(form)
+                self._may_assume(principal, granted)
         fault = self._faults.take("sts", request.method, request.path)
         entry.verdict = "allowed"
         if fault is not None:
@@ -83,24 +101,22 @@ class StsGuard:
             refusal = fault.refusal()
             if refusal is not None:
                 raise refusal
+        return granted
 
-    def _may_assume(self, principal: Principal, form: Mapping[str, str]) -> None:
-        role = form.get("RoleArn", "")
-        seconds = form.get("DurationSeconds", "3600")
-        if not seconds.isdigit() or not 900 <= int(seconds) <= 43200:
-            message = (
-                f"1 validation error detected: Value '{seconds}' at 'durationSeconds' failed to satisfy "
-                "constraint: Member must have value between 900 and 43200"
-            )
-            raise AwsError("ValidationException", message, status=400)
-        context = {"aws:PrincipalArn": principal.identity_arn, "aws:PrincipalAccount": principal.account}
-        if "ExternalId" in form:
-            context["sts:ExternalId"] = form["ExternalId"]
-        permitted = self._directory.decide(principal, "sts:AssumeRole", role, context) is Decision.ALLOW
-        trust = trust_policy(role)
-        if not permitted or trust is None or not trusts(trust, "sts:AssumeRole", principal.names(), context):
-            message = f"User: {principal.arn} is not authorized to perform: sts:AssumeRole on resource: {role}"
-            raise AwsError("AccessDeniedException", message)
+    def _may_assume(self, principal: Principal, wanted: RoleRequest) -> None:
+        """Both the caller's policies and the role's trust policy must allow each action that the request takes."""
+        context = {
+            "aws:PrincipalArn": principal.identity_arn,
+            "aws:PrincipalAccount": principal.account,
+            **principal.context(),
+            **wanted.context,
+        }
+        trust = trust_policy(wanted.role)
+        for action in wanted.actions:
+            permitted = self._directory.decide(principal, action, wanted.role, context) is Decision.ALLOW
+            if not permitted or trust is None or not trusts(trust, action, principal.names(), context):
+                message = f"User: {principal.arn} is not authorized to perform: {action} on resource: {wanted.role}"
+                raise AwsError("AccessDeniedException", message)
 
 
 def _form_request(environ: Environ) -> Request | None:
