@@ -19,6 +19,10 @@ ROUTES = Routes([DEV, PROD])
 NO_DEFAULT = Routes([target("dev"), PROD])
 
 
+def everything() -> set[str]:
+    return {"dev", "prod"}
+
+
 @pytest.mark.parametrize(
     ("path", "name", "prefix", "rest"),
     [
@@ -36,7 +40,7 @@ NO_DEFAULT = Routes([target("dev"), PROD])
     ],
 )
 def test_route(path: str, name: str, prefix: str, rest: str) -> None:
-    route = ROUTES.find(path, "a=1")
+    route = ROUTES.find(path, "a=1", everything)
     assert (route.target.name, route.prefix, route.path) == (name, prefix, rest)
 
 
@@ -45,30 +49,48 @@ def test_route(path: str, name: str, prefix: str, rest: str) -> None:
 )
 def test_unknown_target(path: str) -> None:
     with pytest.raises(Refusal) as caught:
-        ROUTES.find(path, "")
+        ROUTES.find(path, "", everything)
     assert caught.value.status == 404
     assert "/t/dev/ or /t/prod/" in caught.value.message
 
 
 def test_no_default() -> None:
     with pytest.raises(Refusal) as caught:
-        NO_DEFAULT.find("/api/2.0/x", "")
+        NO_DEFAULT.find("/api/2.0/x", "", everything)
     assert caught.value.status == 404
     assert "/t/dev/ or /t/prod/" in caught.value.message
-    assert NO_DEFAULT.find("/t/prod/x", "").target is PROD
+    assert NO_DEFAULT.find("/t/prod/x", "", everything).target is PROD
+
+
+@pytest.mark.parametrize(
+    ("visible", "told"), [({"prod"}, "There is no target 'x'. Use /t/prod/."), (set(), "There is no target 'x'.")]
+)
+def test_only_targets_that_the_caller_may_know_of_are_told(visible: set[str], told: str) -> None:
+    with pytest.raises(Refusal) as caught:
+        ROUTES.find("/t/x/", "", lambda: visible)
+    assert caught.value.message == told
+    with pytest.raises(Refusal) as caught:
+        NO_DEFAULT.find("/", "", lambda: visible)
+    assert caught.value.message == told.replace("target 'x'", "default target")
+
+
+def test_the_default_is_known() -> None:
+    assert ROUTES.is_default("dev")
+    assert not ROUTES.is_default("prod")
+    assert not NO_DEFAULT.is_default("dev")
 
 
 @pytest.mark.parametrize(("query", "location"), [("", "/t/prod/"), ("a=1&b=%20", "/t/prod/?a=1&b=%20")])
 def test_target_without_slash_is_redirected(query: str, location: str) -> None:
     with pytest.raises(Refusal) as caught:
-        ROUTES.find("/t/prod", query)
+        ROUTES.find("/t/prod", query, everything)
     status, headers, _ = caught.value.answer("a" * 16)
     assert status == 308
     assert (b"location", location.encode()) in headers
 
 
 def test_by_name() -> None:
-    assert ROUTES.by_name("prod") is PROD
+    assert ROUTES.by_name("prod", everything) is PROD
     with pytest.raises(Refusal) as caught:
-        ROUTES.by_name("nope")
+        ROUTES.by_name("nope", everything)
     assert caught.value.status == 404

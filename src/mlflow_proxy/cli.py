@@ -1,4 +1,4 @@
-"""The command line: serve, check, ui, local, demo, options."""
+"""The command line: serve, check, keys, ui, local, demo, options."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def serve(config: Path | None) -> None:
         f"{settings.server.workers} workers, targets: {targets}",
         err=True,
     )
-    if not settings.listens_on_loopback:
+    if not settings.identifies and not settings.listens_on_loopback:
         click.echo("Warning: callers are not identified; whoever reaches this address has the AWS rights.", err=True)
     server.serve(settings, config)
 
@@ -133,3 +133,12 @@ def _needs_local() -> None:
         raise click.ClickException(
             "the local SageMaker is an extra; install it with: pip install 'sagemaker-mlflow-proxy[local]'"
         )
+
+
+def _add_keys() -> None:
+    from mlflow_proxy.keys_command import keys
+
+    main.add_command(keys)
+
+
+_add_keys()

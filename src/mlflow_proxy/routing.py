@@ -1,11 +1,11 @@
-"""Step 2 of a request's way: which target a path is for, and which path that target gets.
+"""Step 3 of a request's way: which target a path is for, and which path that target gets.
 
 `/…` is the default target's, `/t/<name>/…` a named one's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import NamedTuple
 
 from mlflow_proxy.errors import Refusal
@@ -13,6 +13,10 @@ from mlflow_proxy.targets import Target
 
 PREFIX = "/t/"
 OWN_PREFIX = "/-/"
+
+
+# Gives the names of the targets that the caller may know of; called only where they are told.
+Visible = Callable[[], Collection[str]]
 
 
 class Route(NamedTuple):
@@ -30,33 +34,39 @@ class Routes:
         self._named = {target.name: target for target in targets}
         self._default = next((target for target in self._named.values() if target.default), None)
 
-    def find(self, path: str, query: str) -> Route:
+    def find(self, path: str, query: str, visible: Visible) -> Route:
         """The route of a canonical path. Raises Refusal: 404 for an unknown target, 308 for `/t/<name>` itself."""
         if not path.startswith(PREFIX):
             if path == "/t":
-                raise self.unknown("")
+                raise self.unknown("", visible)
             if self._default is None:
-                raise Refusal(404, f"There is no default target. Use {self._choices()}.")
+                raise Refusal(404, f"There is no default target.{self._choices(visible)}")
             return Route(self._default, "", path)
         name, slash, rest = path[len(PREFIX) :].partition("/")
         target = self._named.get(name)
         if target is None:
-            raise self.unknown(name)
+            raise self.unknown(name, visible)
         if not slash:  # MLflow's UI refers to its files relatively, so it needs the slash
             location = f"{PREFIX}{name}/" + (f"?{query}" if query else "")
             raise Refusal(308, f"Use {PREFIX}{name}/.", error_code="REDIRECT", headers=[("location", location)])
         return Route(target, PREFIX + name, f"/{rest}")
 
-    def unknown(self, name: str) -> Refusal:
-        """The answer to a name that is no target's. Whoever may call may see the names, as long as all may call."""
-        return Refusal(404, f"There is no target {name!r}. Use {self._choices()}.")
+    def unknown(self, name: str, visible: Visible) -> Refusal:
+        """The answer to a name that is no target's, with those that the caller may know of."""
+        return Refusal(404, f"There is no target {name!r}.{self._choices(visible)}")
 
-    def by_name(self, name: str) -> Target:
+    def by_name(self, name: str, visible: Visible) -> Target:
         """A target by its name. Raises Refusal 404."""
         target = self._named.get(name)
         if target is None:
-            raise self.unknown(name)
+            raise self.unknown(name, visible)
         return target
 
-    def _choices(self) -> str:
-        return " or ".join(f"{PREFIX}{name}/" for name in self._named)
+    def is_default(self, name: str) -> bool:
+        """Whether requests without `/t/<name>` go to this one."""
+        return self._default is not None and self._default.name == name
+
+    def _choices(self, visible: Visible) -> str:
+        names = visible()
+        known = " or ".join(f"{PREFIX}{name}/" for name in self._named if name in names)
+        return f" Use {known}." if known else ""

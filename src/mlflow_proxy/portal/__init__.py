@@ -4,34 +4,65 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
 
 from a2wsgi import WSGIMiddleware
 from flask import Flask, Response, g, request
 from werkzeug.exceptions import HTTPException
 
+from mlflow_proxy.access.caller import Caller
+from mlflow_proxy.access.oidc import TokenVerifier
+from mlflow_proxy.access.policy import Policy
+from mlflow_proxy.access.session import Sessions
 from mlflow_proxy.aws.credentials import CredentialStore
 from mlflow_proxy.errors import Refusal
 from mlflow_proxy.portal import pages, ui
 from mlflow_proxy.readiness import Readiness
 from mlflow_proxy.routing import Routes
+from mlflow_proxy.runtime import Runtime
 from mlflow_proxy.settings import Settings
+from mlflow_proxy.telemetry.audit import AuditLog
+from mlflow_proxy.telemetry.record import Record
 
 # Pages wait for AWS at the most this long, in seconds; there are few threads.
 DEADLINE = 30.0
 _THREADS = 8
 
+# The key of the ASGI scope that holds the Visit.
+VISIT = "mlflow_proxy.visit"
+
 T = TypeVar("T")
 
 
-class Portal:
-    """The application with what its pages need, made in the event loop that serves it. `asgi` is what to mount."""
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What pages need of their worker."""
 
-    def __init__(self, settings: Settings, routes: Routes, credentials: CredentialStore, readiness: Readiness) -> None:
-        self.settings = settings
-        self.routes = routes
-        self.credentials = credentials
-        self.readiness = readiness
+    settings: Settings
+    runtime: Runtime
+    routes: Routes
+    policy: Policy
+    credentials: CredentialStore
+    readiness: Readiness
+    audit: AuditLog
+    sessions: Sessions | None
+    tokens: TokenVerifier | None
+
+
+class Visit(NamedTuple):
+    """Who asks for a page, for its log line too. `caller` is None on pages that strangers may see."""
+
+    record: Record
+    client: str
+    caller: Caller | None
+
+
+class Portal:
+    """The application, made in the event loop that serves it. `asgi` is what to mount."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
         self._loop = asyncio.get_running_loop()
         wsgi: Any = _flask(self)
         self.asgi: Any = WSGIMiddleware(wsgi, workers=_THREADS)
@@ -42,7 +73,7 @@ class Portal:
         try:
             return future.result()
         except TimeoutError:
-            raise Refusal(504, f"AWS did not answer within {DEADLINE:g} s. Try again.") from None
+            raise Refusal(504, f"There was no answer within {DEADLINE:g} s. Try again.") from None
 
 
 def _flask(portal: Portal) -> Flask:
@@ -50,10 +81,15 @@ def _flask(portal: Portal) -> Flask:
     app.json.compact = False  # type: ignore[attr-defined]
     app.register_blueprint(pages.blueprint(portal))
     app.register_blueprint(ui.blueprint(portal))
+    if portal.parts.sessions is not None:
+        from mlflow_proxy.portal import signin  # noqa: PLC0415  (Authlib is slow to import)
+
+        app.register_blueprint(signin.blueprint(portal))
 
     @app.before_request
-    def _remember_id() -> None:
-        g.request_id = request.environ["asgi.scope"]["mlflow_proxy.request_id"]
+    def _remember_visit() -> None:
+        g.visit = request.environ["asgi.scope"][VISIT]
+        g.request_id = g.visit.record.request_id
 
     @app.after_request
     def _protect(response: Response) -> Response:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import platform
 from typing import TYPE_CHECKING
 
-from flask import Blueprint, Response, jsonify, render_template, request
+from flask import Blueprint, Response, g, jsonify, render_template, request
 
 from mlflow_proxy import __version__
+from mlflow_proxy.access.caller import ANONYMOUS
+from mlflow_proxy.access.policy import OWN_PREFIX
+from mlflow_proxy.telemetry.metrics import exposition
 
 if TYPE_CHECKING:
     from mlflow_proxy.portal import Portal
@@ -17,25 +20,41 @@ def blueprint(portal: Portal) -> Blueprint:
     """The pages, bound to one worker's parts."""
     pages = Blueprint("pages", __name__, template_folder="templates", url_prefix="/-")
 
+    parts = portal.parts
+
     @pages.get("/")
     def overview() -> str:
-        """What this proxy serves, for people: every target with its state and the ways into its UI."""
-        ready, report = portal.in_loop(portal.readiness.report())
-        targets = report["targets"]
+        """What this proxy serves, for people: the targets they may see, with their state and the ways into their UI."""
+        caller = g.visit.caller
+        _, report = portal.in_loop(parts.readiness.report())
+        visible = parts.policy.visible(caller)
+        targets = {name: state for name, state in report["targets"].items() if name in visible}
         return render_template(
             "overview.html",
-            ready=ready,
+            ready=all(state["ready"] for state in targets.values()),
             targets=targets,
-            default=next((name for name in targets if portal.routes.by_name(name).default), None),
-            address=(portal.settings.server.public_url or request.host_url).rstrip("/"),
+            default=next((name for name in targets if parts.routes.is_default(name)), None),
+            address=(parts.settings.server.public_url or request.host_url).rstrip("/"),
             version=__version__,
+            caller=None if caller == ANONYMOUS else caller.subject,
+            roles=parts.policy.role_names(caller),
+            may_sign_out=caller.way == "session",
+            sees_readiness=parts.policy.allows_own(caller, f"{OWN_PREFIX}GetReadiness"),
+            sees_metrics=parts.policy.allows_own(caller, f"{OWN_PREFIX}GetMetrics"),
+            links={name for name in targets if parts.policy.allows_link(caller, name)},
         )
 
     @pages.get("/ready")
     def ready() -> tuple[Response, int]:
         """200 if every target is ready, else 503; the reason per target as JSON."""
-        is_ready, report = portal.in_loop(portal.readiness.report())
+        is_ready, report = portal.in_loop(parts.readiness.report())
         return jsonify(report), 200 if is_ready else 503
+
+    @pages.get("/metrics")
+    def metrics() -> Response:
+        """Prometheus metrics of all workers together."""
+        text, content_type = exposition(parts.runtime.metrics)
+        return Response(text, content_type=content_type)
 
     @pages.get("/version")
     def version() -> Response:

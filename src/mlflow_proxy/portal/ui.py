@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from flask import Blueprint, Response, jsonify, redirect, request
+from flask import Blueprint, Response, g, jsonify, redirect, request
 
+from mlflow_proxy.access.policy import link_action
 from mlflow_proxy.aws.credentials import CredentialsUnavailable
 from mlflow_proxy.aws.presign import presigned_url
 from mlflow_proxy.errors import Refusal
@@ -14,7 +15,10 @@ from mlflow_proxy.errors import Refusal
 if TYPE_CHECKING:
     from werkzeug.wrappers import Response as BaseResponse
 
+    from mlflow_proxy.aws.credentials import Credentials
+    from mlflow_proxy.aws.role_sessions import RoleSession
     from mlflow_proxy.portal import Portal
+    from mlflow_proxy.targets import Target
 
 
 def blueprint(portal: Portal) -> Blueprint:
@@ -43,25 +47,40 @@ def blueprint(portal: Portal) -> Blueprint:
     def _option(option: str) -> int:
         text = request.args.get(option)
         if text is None:
-            return int(getattr(portal.settings.ui, option))
+            return int(getattr(portal.parts.settings.ui, option))
         if not (text.isascii() and text.isdigit() and len(text) < 8):
             raise Refusal(400, f"{option} is not a number of seconds.", error_code="INVALID_PARAMETER_VALUE")
         return int(text)
 
     def _link(name: str) -> str:
-        target = portal.routes.by_name(name)
+        parts, visit = portal.parts, g.visit
+        target = parts.routes.by_name(name, lambda: parts.policy.visible(visit.caller))
+        action = link_action(target)
+        visit.record.target, visit.record.action = target.name, action
+        decision = parts.policy.decide(visit.caller, target.name, action)
+        visit.record.role = decision.role
         times = {option: _option(option) for option in ("link_expires", "session_expires")}
         unknown = sorted(set(request.args) - set(times))
         if unknown:
             raise Refusal(400, f"There is no option {unknown[0]!r}; there are {' and '.join(times)}.")
-        try:
-            credentials = portal.credentials.get(target)
-        except CredentialsUnavailable as unavailable:
-            raise Refusal(503, f"No AWS credentials for {name}: {unavailable}", retry_after=5) from None
+        visit.record.resources = {
+            "link_expires": str(times["link_expires"]),
+            "session_expires": str(times["session_expires"]),
+        }
+        credentials = portal.in_loop(_credentials(target, decision.session))
         return portal.in_loop(
             asyncio.to_thread(
-                presigned_url, target, credentials, portal.settings.aws, proxy=portal.settings.upstream.proxy, **times
+                presigned_url, target, credentials, parts.settings.aws, proxy=parts.settings.upstream.proxy, **times
             )
         )
+
+    async def _credentials(target: Target, session: RoleSession | None) -> Credentials:
+        try:
+            pending = portal.parts.credentials.obtain(target, session)
+            if pending is not None:
+                await pending
+            return portal.parts.credentials.get(target, session)
+        except CredentialsUnavailable as unavailable:
+            raise Refusal(503, f"No AWS credentials for {target.name}: {unavailable}", retry_after=5) from None
 
     return pages
