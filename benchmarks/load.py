@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from benchmarks.processes import Server
 WRK_SCRIPT = Path(__file__).with_name("wrk.lua")
 READY_PATH = "/api/2.0/mlflow/experiments/get?experiment_id=1"
 DOWNLOAD_PATH = "/get-artifact?path=model.bin&run_uuid=0f3c1b7e5d2a49c68b0a7d1e2f3c4b5a"
+NO_HEADERS: Mapping[str, str] = {}
 _SAMPLE_EVERY = 0.05
 _BUFFER = 1 << 20
 
@@ -111,11 +112,11 @@ def batch_body() -> bytes:
     return body[:-1] + b" " * (20_480 - len(body)) + b"}"
 
 
-def expect_answer(port: int, load: Load, body: bytes) -> None:
+def expect_answer(port: int, load: Load, body: bytes, extra: Mapping[str, str]) -> None:
     """One request of this load must give 200 and JSON, before anything is measured."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
     try:
-        headers = {"Content-Type": "application/json"} if load.method == "POST" else {}
+        headers = {**extra, **({"Content-Type": "application/json"} if load.method == "POST" else {})}
         connection.request(load.method, load.path, body if load.method == "POST" else None, headers)
         response = connection.getresponse()
         text = response.read()
@@ -127,10 +128,12 @@ def expect_answer(port: int, load: Load, body: bytes) -> None:
         connection.close()
 
 
-def put_on(load: Load, server: Server, port: int, body: Path, seconds: float) -> Sample:
+def put_on(
+    load: Load, server: Server, port: int, body: Path, seconds: float, *, headers: Mapping[str, str] = NO_HEADERS
+) -> Sample:
     """Run wrk for `seconds`, a fraction allowed, and count what the server's processes spent meanwhile."""
     before = server.cpu_seconds()
-    shown = _run_wrk(load, port, body, seconds)
+    shown = _run_wrk(load, port, body, seconds, headers)
     cpu = server.cpu_seconds() - before
     requests = int(shown["requests"])
     if requests == 0:
@@ -145,8 +148,9 @@ def put_on(load: Load, server: Server, port: int, body: Path, seconds: float) ->
     )
 
 
-def _run_wrk(load: Load, port: int, body: Path, seconds: float) -> dict[str, float]:
+def _run_wrk(load: Load, port: int, body: Path, seconds: float, headers: Mapping[str, str]) -> dict[str, float]:
     command = [find_wrk(), "-t1", f"-c{load.connections}", "-d60s", "--timeout", "30s", "--latency"]
+    command += [part for name, value in headers.items() for part in ("-H", f"{name}: {value}")]
     command += ["-s", str(WRK_SCRIPT), f"http://127.0.0.1:{port}{load.path}", "--", load.method]
     command += [str(body)] if load.method == "POST" else []
     # wrk takes whole seconds only, but ends at once and in order on SIGINT.
@@ -165,22 +169,22 @@ def _run_wrk(load: Load, port: int, body: Path, seconds: float) -> dict[str, flo
     return shown
 
 
-def download(server: Server, port: int, size: int) -> Transfer:
+def download(server: Server, port: int, size: int, headers: Mapping[str, str] = NO_HEADERS) -> Transfer:
     """Read a file of `size` bytes through the peer, and watch the memory of its processes while it streams."""
     tree = server.tree()
     watch = _Watch(tree)
     before, began = server.cpu_seconds(), time.monotonic()
-    received = _read(port, watch.look)
+    received = _read(port, headers, watch.look)
     seconds = time.monotonic() - began
     if received != size:
         raise LoadError(f"{server.name} sent {received} of {size} bytes\n{server.log_tail()}")
     return Transfer(received, seconds, server.cpu_seconds() - before, watch.growth)
 
 
-def _read(port: int, each: Callable[[], None]) -> int:
+def _read(port: int, headers: Mapping[str, str], each: Callable[[], None]) -> int:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     try:
-        connection.request("GET", DOWNLOAD_PATH)
+        connection.request("GET", DOWNLOAD_PATH, headers=dict(headers))
         response = connection.getresponse()
         if response.status != 200:
             raise LoadError(f"the download answered {response.status}: {response.read(300)!r}")

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 
 from benchmarks import envoy
@@ -34,7 +35,10 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """One server to compare. `command` writes its configuration and says how to start it; None: nothing to start."""
+    """One server to compare. `command` writes its configuration and says how to start it; None: nothing to start.
+
+    `headers` are what a caller must add to be served.
+    """
 
     key: str
     title: str
@@ -43,6 +47,7 @@ class Peer:
     ready_path: str = READY_PATH
     tls: bool = False
     environment: Callable[[Place], Mapping[str, str]] = field(default=lambda _: {})
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,21 +107,52 @@ def _no_proxy() -> str | None:
     return "the command mlflow-proxy is not installed in this environment"
 
 
-def proxy_settings(port: int, endpoint: str, *, log_requests: bool, ca: Path | None = None) -> str:
-    """The proxy's configuration, all else left at its defaults."""
+# A key like those that `mlflow-proxy keys new` makes; it is good for nothing but this.
+KEY = f"mlp_bench234_{'x' * 43}"
+WITH_KEY = {"Authorization": f"Bearer {KEY}"}
+_KEY_LINE = {
+    "id": "bench234",
+    "name": "bench",
+    "sha256": sha256(KEY.encode()).hexdigest(),
+    "role": "bench",
+    "created": "2026-01-01T00:00:00Z",
+    "expires": None,
+}
+# One role, with an allow and a deny; and a rate that is counted for each request and never reached.
+_GUARD = """
+[access]
+keys_file = "keys.jsonl"
+
+[limits]
+caller_rate = "100000000/minute"
+
+[[roles]]
+name = "bench"
+targets = ["bench"]
+allow = ["Get*", "Search*", "List*", "Log*"]
+deny = ["Delete*"]
+"""
+
+
+def proxy_settings(port: int, endpoint: str, *, bare: bool, ca: Path | None = None) -> str:
+    """The proxy's configuration, all else left at its defaults; `bare` is without identity, limits and record."""
+    record = 'requests = false\nmetrics = false\n\n[audit]\nto = "off"\n' if bare else ""
     text = (
         f'[server]\nhost = "127.0.0.1"\nport = {port}\nworkers = {WORKERS}\ndrain_timeout = 1\n\n'
-        f'[log]\nformat = "json"\nrequests = {str(log_requests).lower()}\n\n'
+        f'[log]\nformat = "json"\n{record}{"" if bare else _GUARD}\n'
         f'[[targets]]\nname = "bench"\narn = "{ARN}"\nendpoint = "{endpoint}"\ndefault = true\n'
     )
     return text + (f"ca_bundle = {json.dumps(str(ca))}\n" if ca else "")
 
 
-def _proxy(place: Place, *, log_requests: bool, tls: bool = False) -> list[str]:
+def _proxy(place: Place, *, bare: bool = False, tls: bool = False) -> list[str]:
     endpoint = f"https://127.0.0.1:{place.upstream.tls}" if tls else f"http://127.0.0.1:{place.upstream.signed}"
     config = place.folder / "proxy.toml"
     ca = place.upstream.ca if tls else None
-    config.write_text(proxy_settings(place.port, endpoint, log_requests=log_requests, ca=ca))
+    keys = place.folder / "keys.jsonl"
+    keys.write_text(json.dumps(_KEY_LINE) + "\n")
+    text = proxy_settings(place.port, endpoint, bare=bare, ca=ca)
+    config.write_text(text.replace('"keys.jsonl"', json.dumps(str(keys))))
     return [str(_scripts("mlflow-proxy")), "serve", "--config", str(config)]
 
 
@@ -147,8 +183,8 @@ def _naive_environment(place: Place) -> Mapping[str, str]:
 
 HEALTH = "/-/health"
 PEERS = (
-    Peer("proxy", "mlflow-proxy", lambda place: _proxy(place, log_requests=True), _no_proxy, HEALTH),
-    Peer("proxy-bare", "mlflow-proxy, log off", lambda place: _proxy(place, log_requests=False), _no_proxy, HEALTH),
+    Peer("proxy", "mlflow-proxy", _proxy, _no_proxy, HEALTH, headers=WITH_KEY),
+    Peer("proxy-bare", "mlflow-proxy, bare", lambda place: _proxy(place, bare=True), _no_proxy, HEALTH),
     Peer("envoy", "Envoy, SigV4 filter", _envoy, _no_envoy),
     Peer("naive", "naive design", _naive, _no_naive, environment=_naive_environment),
     Peer("nginx", "nginx, not signing", _nginx, _no_nginx),
@@ -156,10 +192,11 @@ PEERS = (
     Peer(
         "proxy-tls",
         "mlflow-proxy",
-        lambda place: _proxy(place, log_requests=True, tls=True),
+        lambda place: _proxy(place, tls=True),
         _no_proxy,
         HEALTH,
         tls=True,
+        headers=WITH_KEY,
     ),
     Peer(
         "envoy-tls",

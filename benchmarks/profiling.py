@@ -50,7 +50,9 @@ def profile(kind: str, seconds: int, *, native: bool) -> Path:
 
 @contextmanager
 def _under_load(proxy: Running, load: Load, body: Path, seconds: float) -> Iterator[None]:
-    loading = threading.Thread(target=put_on, args=(load, proxy.server, proxy.port, body, seconds))
+    loading = threading.Thread(
+        target=put_on, args=(load, proxy.server, proxy.port, body, seconds), kwargs={"headers": proxy.peer.headers}
+    )
     loading.start()
     try:
         yield

@@ -124,8 +124,8 @@ How fast the proxy is and what it takes, side by side with others on one machine
 
 | | |
 |---|---|
-| mlflow-proxy | this project, 2 workers, as in production: one JSON line of log for each request |
-| mlflow-proxy, log off | the same with `log.requests = false` |
+| mlflow-proxy | this project, 2 workers, as in production: API key, role, rate limit in memory, log line, metrics |
+| mlflow-proxy, bare | the same without any of these: it signs and forwards for anybody |
 | Envoy, SigV4 filter | Envoy with its `aws_request_signing` filter, 2 threads, payload hashed, no access log |
 | naive design | Flask on gunicorn (2 workers, 16 threads each), a new connection each time, botocore signing; no log |
 | nginx, not signing | nginx as a plain reverse proxy, 2 workers, kept connections: the limit of a proxy here |
@@ -142,7 +142,7 @@ whole before it answers.
 - **p50, p99**: the time within which half, or 99 of 100, of the requests were answered. wrk sends the next request as
   soon as the last is answered, so at 32 and 256 connections these show a machine that is full.
 - **failed**: answers of 400 and above, and connections that broke; all rounds together.
-- **× Envoy, × naive**: req/s divided by theirs.
+- **× Envoy, × naive, × bare**: req/s divided by theirs.
 - **peak memory**: the largest process at its largest moment, after all loads and downloads (VmHWM); shared
   libraries are included. **grew by**: how much a process grew while the {size} streamed through.
 - **CPU to start**: of all processes, until the first answer (for the proxy `/-/health`), and until
@@ -162,7 +162,7 @@ def _goals(goals: Sequence[Goal]) -> Table:
 
 
 def _load_tables(rows: Sequence[Row]) -> list[Table]:
-    columns = ("", "req/s", "CPU µs", "p50 ms", "p99 ms", "failed", "× Envoy", "× naive")
+    columns = ("", "req/s", "CPU µs", "p50 ms", "p99 ms", "failed", "× Envoy", "× naive", "× bare")
     loads = dict.fromkeys(row.load for row in rows)
     return [Table(load.label, columns, [_load_line(row) for row in rows if row.load == load]) for load in loads]
 
@@ -177,6 +177,7 @@ def _load_line(row: Row) -> list[str]:
         str(row.failed),
         _times(row.to_envoy),
         _times(row.to_naive),
+        _times(row.to_bare),
     ]
 
 

@@ -15,12 +15,13 @@ from benchmarks.processes import Startup
 
 LEAST_OF_NAIVE = 15.0
 LEAST_OF_ENVOY = 0.65
+LEAST_OF_BARE = 0.8
 LEAST_OF_DIRECT = 0.6
 MOST_RESIDENT = 130_000_000
 MOST_GROWTH = 16_000_000
 MOST_STARTUP = 1.5
 TARGET_CONNECTIONS = (32, 256)
-_NAMES = {"envoy": "Envoy", "naive": "the naive design"}
+_NAMES = {"envoy": "Envoy", "naive": "the naive design", "proxy-bare": "the bare forwarder"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,7 @@ class Row:
     failed: int
     to_envoy: float | None
     to_naive: float | None
+    to_bare: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +109,7 @@ class Results:
             if row.peer.key == "proxy" and row.load.connections in TARGET_CONNECTIONS:
                 goals += _at_least(row.load.label, "naive", LEAST_OF_NAIVE, row.to_naive)
                 goals += _at_least(row.load.label, "envoy", LEAST_OF_ENVOY, row.to_envoy)
+                goals += _at_least(row.load.label, "proxy-bare", LEAST_OF_BARE, row.to_bare)
         goals += [goal for row in self.download_rows() if row.peer.key == "proxy" for goal in _download_goals(row)]
         goals += [goal for row in self.size_rows() if row.peer.key == "proxy" for goal in _size_goals(row)]
         return goals
@@ -128,6 +131,7 @@ class Results:
             failed=sum(sample.failed for sample in samples),
             to_envoy=_ratio(_rate(samples), _rate(self.samples.get((load, "envoy" + suffix), []))),
             to_naive=_ratio(_rate(samples), _rate(self.samples.get((load, "naive" + suffix), []))),
+            to_bare=_ratio(_rate(samples), _rate(self.samples.get((load, "proxy-bare" + suffix), []))),
         )
 
     def _download_row(self, peer: Peer) -> DownloadRow:

@@ -116,10 +116,11 @@ class _Run:
         return one
 
     def _load(self, number: int, one: Running, load: Load) -> None:
-        expect_answer(one.port, load, self._body.read_bytes())
+        headers = one.peer.headers
+        expect_answer(one.port, load, self._body.read_bytes(), headers)
         if self._plan.warm_up:
-            put_on(load, one.server, one.port, self._body, self._plan.warm_up)
-        sample = self._calm(lambda: put_on(load, one.server, one.port, self._body, self._plan.seconds))
+            put_on(load, one.server, one.port, self._body, self._plan.warm_up, headers=headers)
+        sample = self._calm(lambda: put_on(load, one.server, one.port, self._body, self._plan.seconds, headers=headers))
         one.server.trim_log()
         self._results.samples[load, one.peer.key].append(sample)
         failed = f"  {sample.failed} failed" if sample.failed else ""
@@ -128,7 +129,7 @@ class _Run:
         )
 
     def _download(self, number: int, one: Running) -> None:
-        transfer = self._calm(lambda: download(one.server, one.port, self._plan.download_size))
+        transfer = self._calm(lambda: download(one.server, one.port, self._plan.download_size, one.peer.headers))
         one.server.trim_log()
         self._results.transfers[one.peer.key].append(transfer)
         rate = f"{transfer.rate / 1e9:.2f} GB/s"
