@@ -12,12 +12,13 @@ import socket
 import ssl
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import NamedTuple
 
 import click
 
 from mlflow_proxy.aws.credentials import CredentialStore, CredentialsUnavailable
 from mlflow_proxy.aws.presign import PresignError, describe, presigned_url
+from mlflow_proxy.check_access import access_steps
+from mlflow_proxy.check_table import Step, print_step
 from mlflow_proxy.deadlines import Deadlines
 from mlflow_proxy.errors import Refusal
 from mlflow_proxy.http1 import UpstreamError
@@ -46,17 +47,6 @@ SIGNATURE_ERRORS = frozenset(
     }
 )
 
-_MARKS = {True: ("✓", "green"), False: ("✗", "red"), None: ("?", "yellow")}
-
-
-class Step(NamedTuple):
-    """One row of the table. `good` is None for what could not be found out, or is worth a look but works."""
-
-    name: str
-    good: bool | None
-    found: str
-    advice: str = ""
-
 
 def run(settings: Settings, name: str | None) -> bool:
     """Check all targets, or the named one; prints as it goes. Returns whether nothing failed."""
@@ -72,23 +62,21 @@ async def _run(settings: Settings, targets: list[Target]) -> bool:
     sender = Sender(targets, settings.upstream, credentials, Deadlines(asyncio.get_running_loop()))
     failed = False
     try:
+        if settings.identifies:
+            click.secho("\ncallers", bold=True)
+            async for step in access_steps(settings, targets, credentials):
+                failed |= step.good is False
+                print_step(step)
         for target in targets:
             click.secho(f"\n{target.name}  {target.arn.text}", bold=True)
             async for step in Check(settings, target, credentials, sender).steps():
                 failed |= step.good is False
-                _print(step)
+                print_step(step)
     finally:
         sender.close()
         await credentials.close()
     click.echo("\n" + ("Some steps failed; see the advice above." if failed else "All well."))
     return not failed
-
-
-def _print(step: Step) -> None:
-    mark, colour = _MARKS[step.good]
-    click.echo(f"  {click.style(mark, fg=colour)} {step.name:<14} {step.found}")
-    if step.advice:
-        click.echo(f"    {'':<14} → {step.advice}")
 
 
 class Check:

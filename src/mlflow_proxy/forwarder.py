@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
+from mlflow_proxy.access import graphql
+from mlflow_proxy.access.actions import Action, action_of
+from mlflow_proxy.access.caller import Caller
+from mlflow_proxy.access.identity import Identity
+from mlflow_proxy.access.policy import UNKNOWN_PREFIX, Decision, Policy
 from mlflow_proxy.bodies import Bodies, Receive
 from mlflow_proxy.deadlines import Deadlines
+from mlflow_proxy.limits import Limits
 from mlflow_proxy.relay import Send, downstream_headers, relay, send_whole
 from mlflow_proxy.requests import Request
-from mlflow_proxy.routing import Routes
-from mlflow_proxy.sending import Sender
+from mlflow_proxy.routing import Route, Routes
+from mlflow_proxy.sending import Answer, Sender
 from mlflow_proxy.signing import NO_PAYLOAD, Payload
 from mlflow_proxy.telemetry.record import Record
+from mlflow_proxy.telemetry.resources import resources_of
 
-# Bodies from this size on are hashed in a thread, lest all other requests wait for it.
+# Bodies from this size on are hashed and parsed in a thread, lest all other requests wait for it.
 _LARGE = 1 << 20
 
 
@@ -21,52 +29,125 @@ class Forwarder:
     """Forwards the requests of one worker."""
 
     def __init__(
-        self, routes: Routes, bodies: Bodies, sender: Sender, deadlines: Deadlines, *, idle_timeout: float
+        self,
+        *,
+        identity: Identity,
+        routes: Routes,
+        policy: Policy,
+        limits: Limits,
+        bodies: Bodies,
+        sender: Sender,
+        deadlines: Deadlines,
+        audited: bool,
+        idle_timeout: float,
     ) -> None:
+        self._identity = identity
         self._routes = routes
+        self._policy = policy
+        self._limits = limits
         self._bodies = bodies
         self._sender = sender
         self._deadlines = deadlines
+        self._audited = audited
         self._idle_timeout = idle_timeout
 
     async def __call__(self, request: Request, receive: Receive, send: Send, record: Record) -> None:
         """Serve one request. Raises Refusal as long as nothing was sent to the caller, afterwards UpstreamError."""
         # 1 transform: `requests` did it while it read the request, for the gateway to tell whose it is.
-        # 2 route
-        route = self._routes.find(request.path, request.query)
-        record.target = route.target.name
-        # 3 identify and 4 authorize come here; without them the proxy listens on loopback only (`mistakes`).
-        # 5 limit
+        # 2 identify, before anything of the configuration shows
+        record.step("identify")
+        caller = await self._identity.identify(request, record)
+        # 3 route
+        route = self._routes.find(request.path, request.query, lambda: self._policy.visible(caller))
+        target = route.target.name
+        record.target = target
+        # 4 authorize
+        record.step("authorize")
+        action = action_of(request.method, route.path)
+        record.action, record.route, record.writes = action.name, action.template, action.writes
+        by_body = action.by_body and self._policy.restricts
+        decision = None if by_body else self._policy.decide(caller, target, action.name)
+        # 5 limit: the rate, the body, and a place among the target's requests
+        record.step("limit")
+        if decision is not None:
+            await self._count(caller, decision, target, record)
         data = await self._bodies.collect(request, receive) if request.has_body else b""
         record.bytes_in = len(data)
         try:
-            # 6 sign, 7 send
-            body = Payload.of(data) if len(data) < _LARGE else await asyncio.to_thread(Payload.of, data)
-            answer = await self._sender.send(route.target, request, route.path, body, record)
-        finally:
+            if decision is None:
+                decision = self._by_body(caller, target, request, data, record)
+                await self._count(caller, decision, target, record)
+            pending = self._limits.enter(caller, target)
+            if pending is not None:
+                waiting = time.perf_counter()
+                await pending
+                record.limit = f"waited {(time.perf_counter() - waiting) * 1000:.0f} ms"
+        except BaseException:
             self._bodies.release(len(data))
-            data, body = b"", NO_PAYLOAD  # a long answer must not hold them
-        # 8 relay
+            raise
+        answer: Answer | None = None
         try:
-            if answer.error is not None:
-                raise answer.error.refusal()
-            headers = downstream_headers(answer.headers, route.target.endpoint, route.prefix)
-            headers.append((b"x-request-id", record.request_id.encode("ascii")))
-            record.status = answer.status
-            if answer.connection is None:
-                record.add_bytes_out(len(answer.body))
-                await send_whole(send, answer.status, headers, answer.body)
-                return
-            await relay(
-                answer.connection,
-                answer.body,
-                send,
-                headers,
-                deadlines=self._deadlines,
-                between=self._idle_timeout,
-                sent=record.add_bytes_out,
-            )
+            # 6 sign, 7 send
+            try:
+                body = await self._prepared(request, route.path, action, data, record)
+                answer = await self._sender.send(route.target, request, route.path, body, record, decision.session)
+            finally:
+                self._bodies.release(len(data))
+                data, body = b"", NO_PAYLOAD  # a long answer must not hold them
+            # 8 relay
+            record.step("relay")
+            await self._relay(answer, route, send, record)
         finally:
-            if answer.connection is not None:
+            if answer is not None and answer.connection is not None:
                 self._sender.done(route.target, answer.connection)
+            self._limits.leave(target, throttled=record.throttled, answered=answer is not None)
         # 9 record: the gateway does it, whatever became of the request.
+
+    async def _relay(self, answer: Answer, route: Route, send: Send, record: Record) -> None:
+        if answer.error is not None:
+            raise answer.error.refusal()
+        headers = downstream_headers(answer.headers, route.target.endpoint, route.prefix)
+        headers.append((b"x-request-id", record.request_id.encode("ascii")))
+        if record.set_cookie is not None:  # what a shared cache keeps must not have one person's cookie
+            headers = [pair for pair in headers if pair[0] != b"cache-control"]
+            headers += [(b"cache-control", b"private, no-store"), (b"set-cookie", record.set_cookie)]
+        record.status = answer.status
+        if answer.connection is None:
+            record.add_bytes_out(len(answer.body))
+            await send_whole(send, answer.status, headers, answer.body)
+            return
+        await relay(
+            answer.connection,
+            answer.body,
+            send,
+            headers,
+            deadlines=self._deadlines,
+            between=self._idle_timeout,
+            sent=record.add_bytes_out,
+        )
+
+    async def _count(self, caller: Caller, decision: Decision, target: str, record: Record) -> None:
+        record.role = decision.role
+        pending = self._limits.check(caller, decision.role or None, target)
+        if pending is not None:
+            await pending
+
+    def _by_body(self, caller: Caller, target: str, request: Request, data: bytes, record: Record) -> Decision:
+        """GraphQL may ask for many things at once: one role must allow them all, and signs."""
+        names = graphql.actions_of(request.method, request.content_type, request.query, data)
+        record.action = " ".join(names)
+        record.writes = any(name.startswith(UNKNOWN_PREFIX) for name in names)
+        return self._policy.decide(caller, target, *names)
+
+    async def _prepared(self, request: Request, path: str, action: Action, data: bytes, record: Record) -> Payload:
+        """The body as it is signed; of one that changes something, the audit log gets what it is about."""
+        template = action.template if self._audited and record.writes else ""
+        if len(data) >= _LARGE:
+            return await asyncio.to_thread(_prepare, request, path, template, data, record)
+        return _prepare(request, path, template, data, record)
+
+
+def _prepare(request: Request, path: str, template: str, data: bytes, record: Record) -> Payload:
+    if template:
+        record.resources = resources_of(template, path, request.query, data)
+    return Payload.of(data)

@@ -10,33 +10,52 @@ import asyncio
 import logging
 import os
 import sys
+import threading
+import time
+from collections.abc import Awaitable, Iterable
+from functools import partial
 from pathlib import Path
-from typing import Any
-from urllib.parse import quote_from_bytes
+from typing import TYPE_CHECKING, Any
 
 from mlflow_proxy import __version__, configuration
+from mlflow_proxy.access.caller import Caller
+from mlflow_proxy.access.identity import Identity, build_ways, forwarded_identity
+from mlflow_proxy.access.own_pages import OwnPage, own_page
+from mlflow_proxy.access.policy import Patterns, Policy
+from mlflow_proxy.access.session import Sessions
 from mlflow_proxy.aws.credentials import CredentialStore
 from mlflow_proxy.bodies import Bodies, CallerGone, Receive
 from mlflow_proxy.deadlines import Deadlines
 from mlflow_proxy.errors import Refusal
 from mlflow_proxy.forwarder import Forwarder
 from mlflow_proxy.http1 import UpstreamError
+from mlflow_proxy.limits import OWN_PAGES, Limits
+from mlflow_proxy.portal import VISIT, Parts, Portal, Visit
+from mlflow_proxy.readiness import Readiness
 from mlflow_proxy.relay import Send
 from mlflow_proxy.requests import Request, RequestIds, RequestReader, Scope
 from mlflow_proxy.routing import OWN_PREFIX, Routes
+from mlflow_proxy.runtime import Runtime
 from mlflow_proxy.sending import Sender
 from mlflow_proxy.settings import CONFIG_VARIABLE, Settings
+from mlflow_proxy.targets import Target
+from mlflow_proxy.telemetry.audit import AuditLog
+from mlflow_proxy.telemetry.metrics import Metrics, State
 from mlflow_proxy.telemetry.record import Record, RequestLog
 from mlflow_proxy.watch import CallerWatch
 
+if TYPE_CHECKING:
+    from mlflow_proxy.telemetry.tracing import Tracing
+
 logger = logging.getLogger(__name__)
+
+# Whether this process's application has started: what ends it before need not wait for anybody.
+serving = threading.Event()
 
 _HEALTH_PATH = b"/-/health"
 _HEALTH = b'{"status": "ok"}\n'
 # nginx's word for a request whose caller went away; only the log sees it.
 _CALLER_GONE = 499
-# Of a refused path, so much is logged.
-_LOGGED_PATH = 256
 # No page of the proxy's own takes more.
 _OWN_BODY_LIMIT = 16 * 1024
 
@@ -44,10 +63,11 @@ _OWN_BODY_LIMIT = 16 * 1024
 class Gateway:
     """One worker's application. Its parts live from the server's start-up to its shutdown."""
 
-    def __init__(self, config: Settings) -> None:
+    def __init__(self, config: Settings, runtime: Runtime) -> None:
         self._settings = config
+        self._runtime = runtime
         self._ids = RequestIds()
-        self._reader = RequestReader(config.server)
+        self._reader = RequestReader(config.server, forwarded_identity(config))
         as_json = config.log.format == "json" or (config.log.format == "auto" and not sys.stdout.isatty())
         self._log = RequestLog(as_json=as_json) if config.log.requests else None
 
@@ -59,18 +79,20 @@ class Gateway:
         if scope["raw_path"] == _HEALTH_PATH:
             await _answer_health(send)
             return
+        self._metrics.in_flight += 1
         record = Record(scope["method"], self._ids.of(scope))
+        if self._tracing is not None:
+            record.trace = self._tracing.request(record.method, scope["headers"])
         watch = CallerWatch(receive, self._deadlines)
         try:
             record.caller_address = scope["client"][0] if scope.get("client") else ""
             request = self._reader.read(scope)
-            record.path, record.caller_address = request.path, request.client
+            record.caller_address = request.client
             if request.path.startswith(OWN_PREFIX):
                 await self._own(scope, request, watch.receive, send, record)
             else:
                 await self._forwarder(request, watch.receive, send, record)
         except Refusal as refusal:
-            record.path = record.path or quote_from_bytes(scope["raw_path"][:_LOGGED_PATH], safe="/")
             await _refuse(send, refusal, record)
         except CallerGone:
             await _refuse(send, _body_broke_off(), record)  # reaches a caller that is there but framed it wrongly
@@ -83,19 +105,36 @@ class Gateway:
             # The answer had begun: leaving without its end makes the server cut the connection, as it must, since
             # the caller would take a clean end for a whole answer.
             record.error = f"answer cut short: {error}" if str(error) else "the caller stopped reading"
+            record.upstream_error = "cut" if isinstance(error, UpstreamError) else ""
         except Exception:
             logger.exception("request %s failed", record.request_id)
             await _refuse(send, Refusal(500, "The proxy failed; its log has the reason."), record)
         finally:
             watch.close()
-            if self._log is not None:
-                self._log.write(record)
+            self._keep(record)
+
+    def _keep(self, record: Record) -> None:
+        """Step 9 of a request's way: what became of it, to metrics, audit and log."""
+        self._metrics.in_flight -= 1
+        if self._settings.log.metrics:
+            self._metrics.observe(record)
+        # The sign-in writes audit lines of its own.
+        if (record.writes or record.status >= 400) and not record.route.startswith("/-/sign"):
+            self._audit.request(record)
+        if record.trace is not None:
+            record.trace.end(record)
+        if self._log is not None:
+            self._log.write(record)
 
     async def _own(self, scope: Scope, request: Request, receive: Receive, send: Send, record: Record) -> None:
         """The proxy's own pages, in Flask. They see the canonical path and query, and a body that is all there: none of
         their few threads ever waits for a caller.
         """
-        record.target = "-"
+        page = own_page(request.path)
+        record.target, record.route, record.action, record.writes = OWN_PAGES, page.route, page.action, page.writes
+        caller = None if page.stranger else await self._admitted(page, request, record)
+        if page.stranger:
+            await _settled(self._limits.check_failures(request.client))
         body = await self._bodies.collect(request, receive, limit=_OWN_BODY_LIMIT) if request.has_body else b""
         record.bytes_in = len(body)
         own = {
@@ -106,13 +145,15 @@ class Gateway:
             "scheme": request.scheme,
             "state": {},
             "root_path": "",
-            "mlflow_proxy.request_id": record.request_id,
+            VISIT: Visit(record, request.client, caller),
         }
 
         async def recorded(message: dict[str, Any]) -> None:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
                 message["headers"] = [*message["headers"], (b"x-request-id", record.request_id.encode("ascii"))]
+                if record.set_cookie is not None:
+                    message["headers"].append((b"set-cookie", record.set_cookie))
             else:
                 record.add_bytes_out(len(message.get("body", b"")))
             await send(message)
@@ -124,6 +165,18 @@ class Gateway:
             await self._portal(own, received, recorded)
         finally:
             self._bodies.release(len(body))
+        if page.stranger and record.error:
+            await _settled(self._limits.add_failure(request.client))
+
+    async def _admitted(self, page: OwnPage, request: Request, record: Record) -> Caller:
+        """Identify, authorize and limit the caller of a page of our own. Raises Refusal."""
+        caller = await self._identity.identify(request, record)
+        if page.action:
+            record.role = self._policy.decide_own(caller, page.action).role
+        else:
+            self._policy.require_any_role(caller)
+        await _settled(self._limits.check(caller, record.role or None, OWN_PAGES))
+        return caller
 
     async def _live(self, receive: Receive, send: Send) -> None:
         await receive()
@@ -133,35 +186,95 @@ class Gateway:
             logger.exception("start-up failed")
             await send({"type": "lifespan.startup.failed", "message": str(error)})
             return
+        serving.set()
         await send({"type": "lifespan.startup.complete"})
         await receive()
         await self._stop()
         await send({"type": "lifespan.shutdown.complete"})
 
     async def _start(self) -> None:
-        # Flask and its pages are imported here, in the worker only.
-        from mlflow_proxy.portal import Portal  # noqa: PLC0415
-        from mlflow_proxy.readiness import Readiness  # noqa: PLC0415
-
-        targets = self._settings.build_targets()
+        settings = self._settings
+        targets = settings.build_targets()
         self._deadlines = Deadlines(asyncio.get_running_loop())
-        self._bodies = Bodies(self._settings.server, self._deadlines)
-        self._credentials = CredentialStore(targets, self._settings.aws, proxy=self._settings.upstream.proxy)
-        await self._credentials.start()
-        upstream = self._settings.upstream
-        self._sender = Sender(targets, upstream, self._credentials, self._deadlines)
+        self._bodies = Bodies(settings.server, self._deadlines)
+        self._metrics = Metrics(self._runtime.metrics, version=__version__)
+        self._audit = AuditLog(settings.audit.to)
+        self._limits = Limits(settings, self._deadlines)
+        self._policy = Policy(settings.roles, targets)
+        sessions = _sessions(settings, self._runtime) if settings.oidc.client_id else None
+        ways = build_ways(settings, sessions)
+        self._identity = Identity(ways, self._limits, self._metrics, sign_in=sessions is not None)
+        self._credentials = CredentialStore(targets, settings.aws, proxy=settings.upstream.proxy)
+        await asyncio.gather(self._credentials.start(), self._identity.start(), self._limits.start())
+        self._sender = Sender(targets, settings.upstream, self._credentials, self._deadlines)
         routes = Routes(targets)
         self._forwarder = Forwarder(
-            routes, self._bodies, self._sender, self._deadlines, idle_timeout=upstream.idle_timeout
+            identity=self._identity,
+            routes=routes,
+            policy=self._policy,
+            limits=self._limits,
+            bodies=self._bodies,
+            sender=self._sender,
+            deadlines=self._deadlines,
+            audited=settings.audit.to != "off",
+            idle_timeout=settings.upstream.idle_timeout,
         )
-        readiness = Readiness(targets, self._sender, self._credentials, self._settings.server.ready_max_age)
-        self._portal = Portal(self._settings, routes, self._credentials, readiness).asgi
+        readiness = Readiness(targets, self._sender, self._credentials, settings.server.ready_max_age)
+        parts = Parts(
+            settings,
+            self._runtime,
+            routes,
+            self._policy,
+            self._credentials,
+            readiness,
+            self._audit,
+            sessions,
+            ways.tokens,
+        )
+        self._portal = Portal(parts).asgi
+        self._tracing = _tracing(settings)
+        self._metrics.state = partial(self._state, targets)
+        self._metrics.start(asyncio.get_running_loop())
+
+    def _state(self, targets: Iterable[Target]) -> State:
+        """What the parts say of themselves, for the metrics."""
+        now = time.time()
+        ends = {target.name: self._credentials.status(target).expires_at for target in targets}
+        return State(
+            places=self._limits.states(),
+            credential_expiry={name: end - now for name, end in ends.items() if end is not None},
+            storage_failures=self._limits.storage_failures,
+            log_lines_dropped=self._log.dropped if self._log is not None else 0,
+            audit_lines_dropped=self._audit.dropped,
+        )
 
     async def _stop(self) -> None:
         self._sender.close()
-        await self._credentials.close()
+        await asyncio.gather(self._credentials.close(), self._identity.close(), self._limits.close())
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.close)
+        self._metrics.close()
+        self._audit.close()
         if self._log is not None:
             self._log.close()
+
+
+def _sessions(settings: Settings, runtime: Runtime) -> Sessions:
+    named = Patterns(pattern for role in settings.roles for pattern in role.groups)
+    return Sessions(settings.oidc, runtime.session_secret, relevant=named.match, revocations=runtime.revocations)
+
+
+def _tracing(settings: Settings) -> Tracing | None:
+    if settings.tracing.endpoint is None:
+        return None
+    from mlflow_proxy.telemetry.tracing import Tracing  # noqa: PLC0415  # an extra, and slow to import
+
+    return Tracing(settings.tracing, version=__version__)
+
+
+async def _settled(pending: Awaitable[None] | None) -> None:
+    if pending is not None:
+        await pending
 
 
 def _body_broke_off() -> Refusal:
@@ -170,6 +283,7 @@ def _body_broke_off() -> Refusal:
 
 async def _refuse(send: Send, refusal: Refusal, record: Record) -> None:
     record.error = refusal.detail or refusal.message
+    record.limit = refusal.limit or record.limit
     if record.status:  # an answer has begun
         return
     status, headers, body = refusal.answer(record.request_id)
@@ -189,7 +303,7 @@ async def _answer_health(send: Send) -> None:
     await send({"type": "http.response.body", "body": _HEALTH})
 
 
-def create_app(last_good: Settings | None = None) -> Gateway:
+def create_app(runtime: Runtime, last_good: Settings) -> Gateway:
     """The application of one worker process, by the configuration as it stands now.
 
     A configuration that has mistakes meanwhile must not end the service when a worker is replaced: then `last_good`
@@ -200,11 +314,9 @@ def create_app(last_good: Settings | None = None) -> Gateway:
     try:
         config = configuration.load(Path(path) if path else None)
     except configuration.SettingsError as error:
-        if last_good is None:
-            raise
         config, mistakes = last_good, error.problems
     logging.basicConfig(level=config.log.level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logger.debug("mlflow-proxy %s starts", __version__)
     for mistake in mistakes:
         logger.error("the configuration has a mistake, so the one from start-up stays in force: %s", mistake)
-    return Gateway(config)
+    return Gateway(config, runtime)

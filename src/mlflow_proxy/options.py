@@ -75,6 +75,8 @@ def _type_name(field: FieldInfo) -> str:
     ]
     if getattr(annotation, "__origin__", None) is list:
         return "list of texts"
+    if any(getattr(rule, "le", None) == 1 for rule in field.metadata):
+        return "share"
     if getattr(annotation, "__origin__", None) is dict:
         return "table of texts"
     if getattr(annotation, "__origin__", None) is Literal:

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import resource
 import signal
 import socket
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from granian import Granian
+from granian import Granian, _signals
 from granian.constants import HTTPModes, Interfaces, Loops, RuntimeModes, SSLProtocols
 from granian.http import HTTP1Settings, HTTP2Settings
 from granian.log import LogLevels
 
-from mlflow_proxy import gateway, portal, readiness
+from mlflow_proxy import gateway, runtime  # workers are forked: what is imported before costs once
 from mlflow_proxy.settings import CONFIG_VARIABLE, Settings
-
-# Workers are forked: what is imported here costs its time once and its memory once.
-_PRELOADED = (gateway, portal, readiness)
 
 # Connections that the kernel holds while all workers are busy.
 _BACKLOG = 2048
@@ -31,6 +30,7 @@ def serve(settings: Settings, config: Path | None) -> None:
     server = settings.server
     _refuse_taken_address(server.host, server.port)
     os.register_at_fork(after_in_child=_forget_the_parents_signals)
+    _end_workers_that_still_start()
     _raise_file_limit()
     granian = Granian(
         "mlflow_proxy.gateway",
@@ -56,7 +56,8 @@ def serve(settings: Settings, config: Path | None) -> None:
         respawn_interval=1.0,
         workers_kill_timeout=int(server.drain_timeout),
     )
-    granian.serve(target_loader=partial(gateway.create_app, settings), wrap_loader=False)
+    with runtime.prepared(settings.oidc) as prepared:
+        granian.serve(target_loader=partial(gateway.create_app, prepared, settings), wrap_loader=False)
 
 
 def _raise_file_limit() -> None:
@@ -84,3 +85,28 @@ def _forget_the_parents_signals() -> None:
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
+
+
+def _end_workers_that_still_start() -> None:
+    """Granian forgets a signal that arrives while the application starts, and would wait all of drain_timeout for it.
+
+    Nothing has been served by then, so such a worker ends at once. Private, so a later Granian may lack it; then only
+    this is lost.
+    """
+    original = getattr(_signals, "set_loop_signals", None)
+    if original is None:
+        return
+
+    def set_loop_signals(loop: asyncio.AbstractEventLoop) -> Any:
+        event = original(loop)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, _stop_worker, event)
+        return event
+
+    _signals.set_loop_signals = set_loop_signals
+
+
+def _stop_worker(event: Any) -> None:
+    if not gateway.serving.is_set():
+        os._exit(0)
+    event.set()

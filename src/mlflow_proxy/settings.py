@@ -88,7 +88,7 @@ class Server(Section):
     )
     trusted_proxies: list[Network] = Field(
         default_factory=list,
-        description="Networks whose X-Forwarded-For and X-Forwarded-Proto count.",
+        description="Networks whose X-Forwarded-For, X-Forwarded-Proto and identity headers count.",
     )
     body_limit: ByteSize = Field(
         ByteSize(64 << 20), ge=1024, description="Largest request body; more is refused with 413."
@@ -361,7 +361,7 @@ class LimitSettings(Section):
         description="While the storage does not answer: let requests through, each worker counting alone, or refuse "
         "them with 503.",
     )
-    storage_timeout: Annotated[float, Field(gt=0, le=10)] = Field(0.25, description="Seconds to wait for the storage.")
+    storage_timeout: Annotated[float, Field(gt=0, le=10)] = Field(0.5, description="Seconds to wait for the storage.")
     queue: int = Field(
         256, ge=0, le=65536, description="Requests per target and worker that wait for a place; more is 503 at once."
     )

@@ -68,7 +68,8 @@ def _narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     with running(
         tmp_path_factory.mktemp("narrow"),
         [target("prod", f"http://127.0.0.1:{upstream.port}")],
-        upstream={"connections": 2, "pending": 2, "connect_timeout": 3},
+        upstream={"connections": 2},
+        sections={"limits": {"queue": 2, "queue_timeout": 3}},
     ) as proxy:
         yield Stage(proxy, upstream)
     upstream.close()

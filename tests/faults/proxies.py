@@ -44,15 +44,23 @@ class Proxy:
         *,
         server: Table | None = None,
         upstream: Table | None = None,
+        sections: Mapping[str, Table] | None = None,
+        roles: list[Table] | None = None,
         environ: Table | None = None,
         stdout: Any = None,
+        port: int | None = None,
     ) -> None:
-        self.port = free_port()
+        self.port = port or free_port()
         self.folder = folder
         self.stdout = folder / "stdout"
         self.stderr = folder / "stderr"
-        tables = {"server": {"port": self.port, "workers": 1, **(server or {})}, "upstream": upstream or {}}
+        tables = {
+            "server": {"port": self.port, "workers": 1, **(server or {})},
+            "upstream": upstream or {},
+            **(sections or {}),
+        }
         text = "".join(f"[{name}]\n{_toml(table)}" for name, table in tables.items())
+        text += "".join(f"[[roles]]\n{_toml(table)}" for table in roles or ())
         text += "".join(f"[[targets]]\n{_toml(table)}" for table in targets)
         config = folder / "proxy.toml"
         config.write_text(text)
@@ -69,7 +77,12 @@ class Proxy:
             self.process = subprocess.Popen(
                 command, env=env, cwd=folder, stdin=subprocess.DEVNULL, stdout=stdout or out, stderr=err
             )
-        self.wait_until_serving()
+        try:
+            self.wait_until_serving()
+        except BaseException:
+            self.process.kill()
+            self.process.wait()
+            raise
 
     def wait_until_serving(self, seconds: float = 30.0) -> None:
         end = time.monotonic() + seconds
@@ -114,12 +127,25 @@ def running(
     *,
     server: Table | None = None,
     upstream: Table | None = None,
+    sections: Mapping[str, Table] | None = None,
+    roles: list[Table] | None = None,
     environ: Table | None = None,
     stdout: Any = None,
+    port: int | None = None,
 ) -> Iterator[Proxy]:
     """A proxy that is ended with its process tree, whatever happens."""
     folder.mkdir(exist_ok=True)
-    proxy = Proxy(folder, targets, server=server, upstream=upstream, environ=environ, stdout=stdout)
+    proxy = Proxy(
+        folder,
+        targets,
+        server=server,
+        upstream=upstream,
+        sections=sections,
+        roles=roles,
+        environ=environ,
+        stdout=stdout,
+        port=port,
+    )
     tree = psutil.Process(proxy.process.pid)
     try:
         yield proxy
@@ -135,4 +161,10 @@ def running(
 
 
 def _toml(table: Table) -> str:
-    return "".join(f"{name} = {json.dumps(value)}\n" for name, value in table.items())
+    return "".join(f"{name} = {_value(value)}\n" for name, value in table.items())
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(name)} = {_value(each)}" for name, each in value.items()) + "}"
+    return json.dumps(value)

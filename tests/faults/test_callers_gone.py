@@ -149,7 +149,7 @@ def test_more_than_may_wait_is_503_with_retry_after(narrow: Stage) -> None:
     refused = callers[4].answer()
     assert refused.status == 503
     assert refused.value("retry-after") == "1"
-    assert "2 connections" in refused.json["message"]
+    assert "2 requests wait already" in refused.json["message"]
     release.set()
     assert [caller.answer().status for caller in callers[:4]] == [200] * 4
     for caller in callers:
@@ -171,7 +171,7 @@ def test_who_waits_too_long_for_a_connection_gets_503(narrow: Stage) -> None:
         narrow.upstream.wait_for(2)
         refused = narrow.call("/3")
         assert refused.status == 503
-        assert "no connection became free within 3 s" in refused.json["message"]
+        assert "no place became free in 3 s" in refused.json["message"]
         done.set()
         assert first.answer().status == second.answer().status == 200
     assert narrow.call("/after").status == 200

@@ -171,7 +171,10 @@ def reconnecting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int
     port = free_port()
     folder = tmp_path_factory.mktemp("reconnecting")
     with running(
-        folder, [target("prod", f"http://127.0.0.1:{port}")], upstream={"retries": 5, "connections": 2, "pending": 0}
+        folder,
+        [target("prod", f"http://127.0.0.1:{port}")],
+        upstream={"retries": 5, "connections": 2},
+        sections={"limits": {"queue": 0}},
     ) as proxy:
         yield proxy.port, port
 

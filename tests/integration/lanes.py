@@ -37,6 +37,8 @@ _VOLATILE_HEADERS = {"expires", "x-mlflow-gateway-duration-ms"}
 _IDLE = 3.0
 _NOBODY = "unknown-$lane"
 _WITH_BODY = {"POST", "PUT", "PATCH", "DELETE"}
+# Before ids are named: an hour or a minute may be the number of an experiment.
+_TIME = re.compile(r"\b\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(\.\d+)?(Z|\+00:00)?")
 _MOMENTS = [
     (re.compile(r"\b(viaproxy|straight)"), "LANE"),
     (re.compile(r'(?<="experiment_id": )"?\d+"?'), "EXPERIMENT"),
@@ -45,7 +47,6 @@ _MOMENTS = [
     (re.compile(r"\b[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\b"), "UUID"),
     (re.compile(r"\b[0-9a-f]{32}\b"), "HEX"),
     (re.compile(r"(?<=[a-z]-)[0-9a-f]{32}\b"), "HEX"),
-    (re.compile(r"\b\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(\.\d+)?(Z|\+00:00)?"), "MOMENT"),
     (re.compile(r"\b[12]\d{12}(\d{6})?\b"), "MOMENT"),
     (re.compile(r"\b[a-z]+-[a-z]+-\d{1,3}\b"), "RUN NAME"),
     (re.compile(r'(?<="digest": ")[0-9a-f]{8}(?=")'), "DIGEST"),
@@ -168,7 +169,7 @@ class Pair(NamedTuple):
 
     def plain(self, answer: Answer) -> tuple[int, str, str]:
         """An answer without what differs between lanes and moments."""
-        text = answer.body.decode("utf-8", "surrogateescape")
+        text = _TIME.sub("MOMENT", answer.body.decode("utf-8", "surrogateescape"))
         for lane in self:
             for name in sorted(set(lane.values) - {"lane"}, key=lambda name: -len(lane.values[name])):
                 value = lane.values[name]

@@ -321,9 +321,19 @@ def test_the_demo(tmp_path: Path) -> None:
             )
             assert done.returncode == 0, done.stderr
             assert re.search(r"run [0-9a-f]{32}$", done.stdout, re.MULTILINE), done.stdout
-            assert "error_code" not in done.stdout
-        overview = requests.get(f"http://127.0.0.1:{port}/-/", timeout=30)
-        assert overview.status_code == 200
+            assert done.stdout.count("error_code") == 1  # the reader's last command
+            assert "does not allow CreateExperiment on the target" in done.stdout
+        overview = f"http://127.0.0.1:{port}/-/"
+        assert requests.get(overview, timeout=30).status_code == 401
+        for role in ("reader", "writer"):
+            key = re.search(rf"^  {role} +(mlp_\S+)$", guide, re.MULTILINE)
+            assert key is not None
+            page = requests.get(overview, headers={"x-api-key": key[1]}, timeout=30)
+            assert f"<strong>key:{role}</strong>" in page.text
+        audit = re.search(r"^Its audit log: +(\S+)$", guide, re.MULTILINE)
+        assert audit is not None
+        deleted = [line for line in Path(audit[1]).read_text().splitlines() if '"DeleteRun"' in line]
+        assert len(deleted) == 2
         demo.send_signal(signal.SIGINT)
         assert demo.wait(60) == 0
         _, alive = psutil.wait_procs(family, timeout=10)

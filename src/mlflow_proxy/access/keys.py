@@ -176,7 +176,7 @@ class _Source:
         self._complaint = ""
         before = self.held
         self.held = {key.id: _hold(key, before.get(key.id)) for key in parse_keys(text).values()}
-        logger.info("%s: %d API keys", self._name, len(self.held))
+        logger.info("%s: API keys: %d", self._name, len(self.held))
         self._changed()
 
     def _lose(self, reason: str) -> None:

@@ -105,6 +105,11 @@ class Policy:
         self._decided: dict[tuple[Caller, str, tuple[str, ...]], Decision | Refusal] = {}
         self._sessions: dict[tuple[str, str, str], RoleSession] = {}
 
+    @property
+    def restricts(self) -> bool:
+        """Whether there is any role, so that not everything is allowed."""
+        return bool(self._roles)
+
     def decide(self, caller: Caller, target: str, *actions: str) -> Decision:
         """The decision for an action on a target, or for several at once, which one role must allow.
 

@@ -86,9 +86,18 @@ to = "{state / "audit.jsonl"}"
 
 [[roles]]
 name = "reader"
-targets = ["*"]
+targets = ["tracking"]
 allow = ["AccessUI", "Get*", "List*", "Search*"]
 assume_role_arn = "{sagemaker.roles["reader"]}"
+session_tags = true
+
+# For an App, IAM is all or nothing: what this role allows is the only line between reading and writing.
+[[roles]]
+name = "app-reader"
+subjects = ["key:reader"]
+targets = ["app"]
+allow = ["AccessUI", "Get*", "List*", "Search*"]
+assume_role_arn = "{sagemaker.roles["writer"]}"
 session_tags = true
 
 [[roles]]
@@ -158,8 +167,6 @@ KEY={keys.writer}
 READER={keys.reader}
 
 {CURL}
-
-Who may do what:
 
 {ROLES}
 

@@ -1,0 +1,285 @@
+"""What the audit log says a request is about: what MLflow goes by, and nothing else. MLflow's parser is the oracle."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import quote, urlencode
+
+import flask
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from mlflow.exceptions import MlflowException
+from mlflow.protos import model_registry_pb2, service_pb2, webhooks_pb2
+from mlflow.server import handlers
+from tests.integration.routes import FAMILIES, Call
+
+from mlflow_proxy.access.actions import action_of
+from mlflow_proxy.telemetry import resources as module
+from mlflow_proxy.telemetry.resources import Resources, resources_of
+
+DELETE_RUN = "/api/2.0/mlflow/runs/delete"
+APP = flask.Flask("oracle")
+
+
+def of(body: bytes | dict[str, Any], template: str = DELETE_RUN, path: str = "", query: str = "") -> Resources:
+    return resources_of(
+        template, path or template, query, body if isinstance(body, bytes) else json.dumps(body).encode()
+    )
+
+
+def values(found: Resources, name: str) -> list[str]:
+    value = found.get(name, [])
+    return value if isinstance(value, list) else [value]
+
+
+# Fields
+
+
+def test_identifiers_of_a_body() -> None:
+    body = {"run_id": "r1", "experiment_id": "7", "value": "v", "metrics": [{"key": "loss"}], "name": "n", "version": 3}
+    assert of(body) == {"run_id": "r1", "experiment_id": "7", "name": "n", "version": "3"}
+
+
+def test_old_names_and_camel_case_are_recorded_as_one() -> None:
+    assert of({"runUuid": "r1"}) == of({"run_uuid": "r1"}) == of({"runId": "r1"}) == {"run_id": "r1"}
+    assert of({"experimentIds": ["1", "2"]}) == {"experiment_ids": ["1", "2"]}
+    assert of({"request_ids": ["tr-1"]}) == of({"traceIds": ["tr-1"]}) == {"trace_ids": "tr-1"}
+
+
+@pytest.mark.parametrize(
+    ("template", "taken"),
+    [
+        ("/api/2.0/mlflow/runs/set-tag", True),
+        ("/api/2.0/mlflow/runs/delete-tag", True),
+        ("/api/2.0/mlflow/experiments/set-experiment-tag", True),
+        ("/api/3.0/mlflow/traces/{trace_id}/tags", True),
+        ("/api/2.0/mlflow/runs/log-parameter", False),
+        ("/api/2.0/mlflow/runs/log-metric", False),
+        ("/api/2.0/mlflow/model-versions/transition-stage", False),
+    ],
+)
+def test_a_key_is_taken_where_it_is_a_tags(template: str, taken: bool) -> None:
+    assert ("key" in of({"key": "k", "value": "v"}, template)) == taken
+
+
+def test_path_parameters() -> None:
+    template = "/api/2.0/mlflow/logged-models/{model_id}/tags/{tag_key}"
+    assert of(b"", template, "/api/2.0/mlflow/logged-models/m-1/tags/a%20b%C3%BC") == {"model_id": "m-1", "key": "a bü"}
+    template = "/api/3.0/mlflow/mcp-servers/{name}/versions/{version}"
+    for name in ("a/b/c", "a%2Fb%2Fc", "a%2Fb/c"):
+        path = f"/api/3.0/mlflow/mcp-servers/{name}/versions/1.0"
+        assert of(b"", template, path) == {"name": "a/b/c", "version": "1.0"}
+    assert of(b"", template, "/api/3.0/mlflow/mcp-servers/a/b%2Fversions%2F1.0") == {"name": "a/b", "version": "1.0"}
+
+
+def test_inside_traces_and_models() -> None:
+    trace = {"trace_info": {"trace_id": "tr-1", "trace_location": {"mlflow_experiment": {"experiment_id": "7"}}}}
+    assert of({"trace": trace}, "/api/3.0/mlflow/traces") == {"trace_id": "tr-1", "experiment_id": "7"}
+    models = [{"model_id": "m-1", "step": 1}, {"modelId": "m-2"}]
+    assert of({"run_id": "r", "models": models}) == {"run_id": "r", "model_id": ["m-1", "m-2"]}
+    assert of({"tags": [{"name": "t"}], "dataset": {"name": "d"}, "config": {"run_id": "r"}}) == {}
+
+
+def test_what_is_named_twice_is_recorded_twice() -> None:
+    """A decoy beside the run that MLflow goes by hides nothing; which of them it is differs by route and version."""
+    assert of({"run_id": "real"}, query="run_id=decoy") == {"run_id": ["real", "decoy"]}
+    assert of({"run_id": "a", "runId": "b", "run_uuid": "c"}) == {"run_id": ["a", "b", "c"]}
+    assert of({"run_id": "same"}, query="run_id=same&run_uuid=same") == {"run_id": "same"}
+
+
+@pytest.mark.parametrize("prefix", ["/api/2.0/mlflow-artifacts/artifacts/{artifact_path}", "/gateway/x/invocations"])
+def test_files_and_messages_are_not_looked_into(prefix: str) -> None:
+    assert "run_id" not in of({"run_id": "in a file"}, prefix, prefix)
+
+
+def test_an_uploaded_file_is_known_by_its_query() -> None:
+    route = "/ajax-api/2.0/mlflow/upload-artifact"
+    assert of({"run_uuid": "x"}, route, query="run_uuid=r&path=a%2Fb") == {"run_id": "r", "path": "a/b"}
+
+
+# Bounds
+
+
+def test_long_values_and_lists_are_cut() -> None:
+    found = of({"run_id": "r" * 300, "request_ids": [f"tr-{number}" for number in range(250)], "name": "n" * 256})
+    assert found["run_id"] == "r" * 256 + "…"
+    assert found["name"] == "n" * 256
+    assert found["trace_ids"] == [*(f"tr-{number}" for number in range(100)), "+150"]
+
+
+def test_many_values_in_other_ways_are_cut_too() -> None:
+    query = urlencode([("run_id", f"r{number}") for number in range(150)])
+    assert of(b"", query=query)["run_id"] == [*(f"r{number}" for number in range(100)), "+50"]
+    found = of({"models": [{"model_id": f"m{number}"} for number in range(150)]})
+    assert found["model_id"] == [f"m{number}" for number in range(100)]
+    assert found["models"] == "+50"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b'{"trace":' * 500 + b"1" + b"}" * 500,
+        b'{"run_id": ' + b"9" * 50_000 + b"}",
+        b'{"run_id": 1e999, "version": NaN}',
+        b'{"run_id": true, "name": null, "version": 1.5, "alias": {"a": 1}, "run_ids": [[["x"]], {}, null]}',
+        b'{"run_id": "\xff"}',
+        b'{"\xff": 1}',
+        b'{"run_id": "a", "\xff": 1}',
+        b'{"run_id": "a"} x',
+        b'"\\"\\\\\\""',
+        b"\x00\x00\x00",
+        b"\xff\xfe",
+        b"",
+        b"null",
+        b"[1]",
+    ],
+)
+def test_hostile_bodies_name_nothing(body: bytes) -> None:
+    assert of(body) == {}
+
+
+@settings(max_examples=300, deadline=None)
+@given(body=st.binary(max_size=200), path=st.text(max_size=50), query=st.text(max_size=50))
+def test_nothing_raises(body: bytes, path: str, query: str) -> None:
+    for template in (DELETE_RUN, "/api/3.0/mlflow/traces/{trace_id}/tags"):
+        found = resources_of(template, path, query, body)
+        assert json.loads(json.dumps(found)) == found
+
+
+@settings(max_examples=500, deadline=None)
+@given(at=st.integers(0, 79), byte=st.binary(min_size=0, max_size=2))
+def test_nothing_raises_for_a_body_with_a_flaw(at: int, byte: bytes) -> None:
+    body = b'{"run_id": "abc", "trace": {"trace_info": {"trace_id": "tr-1"}}, "models": [{"a": 1}]}'
+    of(body[:at] + byte + body[at + 1 :])
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=9), inner, max_size=4),
+    max_leaves=12,
+)
+names = st.sampled_from([*sorted(module._TAG_NAMES), *sorted(module._CONTAINERS)]) | st.text(max_size=9)
+
+
+@settings(max_examples=200, deadline=None)
+@given(content=st.dictionaries(names, json_values, max_size=6))
+def test_only_known_names_come_out(content: dict[str, Any]) -> None:
+    found = of(content)
+    assert set(found) <= set(module._NAMES.values()) | module._CONTAINERS
+    for value in found.values():
+        assert value
+        assert all(isinstance(item, str) for item in (value if isinstance(value, list) else [value]))
+
+
+# What MLflow goes by
+
+
+def mlflow_goes_by(body: bytes, method: str, content_type: str, query: str) -> str | None:
+    """The run that MLflow would delete; None if it refuses the request."""
+    url = f"{DELETE_RUN}?{query}"
+    with APP.test_request_context(url, data=body, method=method, content_type=content_type):
+        try:
+            return str(handlers._get_request_message(service_pb2.DeleteRun()).run_id)
+        except (MlflowException, ValueError, RecursionError, AttributeError):
+            return None
+
+
+encodings = st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le"])
+run_names = st.sampled_from(["run_id", "runId", "run_\\u0069d", "run_uuid", "runUuid", "RUN_ID", "run_id "])
+padding = st.sampled_from(["", '"x": ' + "[" * 300 + "]" * 300, '"x": "\\ud800"', '"y": NaN', '"z": 1e400', '"w": {}'])
+
+
+@st.composite
+def bodies(draw: st.DrawFn) -> bytes:
+    fields = draw(st.lists(st.tuples(run_names, st.text("ab\u00e9\U0001f642", min_size=1, max_size=3)), max_size=4))
+    texts = [f'"{name}": {json.dumps(value, ensure_ascii=draw(st.booleans()))}' for name, value in fields]
+    texts.insert(draw(st.integers(0, len(texts))), draw(padding))
+    text = draw(st.sampled_from(["", " ", "\n\t"])) + "{" + ", ".join(filter(None, texts)) + "}"
+    if draw(st.booleans()):
+        text = json.dumps(text)
+    return text.encode(draw(encodings))
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    body=bodies(),
+    method=st.sampled_from(["POST", "PATCH", "DELETE", "GET"]),
+    content_type=st.sampled_from(["application/json", "text/plain", "application/x-www-form-urlencoded", "a/b"]),
+    query=st.sampled_from(["", "run_id=decoy", "runId=decoy", "run_id=a&run_id=b"]),
+)
+@example(b'{"run_id": "a", "run_id": "b"}', "POST", "application/json", "")
+@example(json.dumps('{"run_id": "a"}').encode("utf-16"), "PATCH", "text/plain", "")
+@example(b'{"run_id": "a", "x": ' + b"[" * 800 + b"]" * 800 + b"}", "POST", "application/json", "run_id=decoy")
+def test_the_run_that_mlflow_goes_by_is_recorded(body: bytes, method: str, content_type: str, query: str) -> None:
+    """Whatever the encoding, spelling, depth or content type: nobody deletes one run and has another recorded."""
+    run = mlflow_goes_by(body, method, content_type, query)
+    if run:
+        assert run in values(of(body, query=query), "run_id")
+
+
+def test_the_oracle_tells_runs_apart() -> None:
+    assert mlflow_goes_by(b'{"run_id": "a"}', "POST", "application/json", "run_id=b") == "a"
+    assert mlflow_goes_by(b'{"run_id": "a", "run_id": "c"}', "POST", "application/json", "") == "c"
+    assert mlflow_goes_by(b'{"run_id": "a"}', "POST", "text/plain", "") is None
+    assert mlflow_goes_by(b'{"run_id": "a"}', "DELETE", "text/plain", "") == "a"
+    assert mlflow_goes_by(json.dumps('{"runId": "a"}').encode("utf-16"), "PATCH", "a/b", "") == "a"
+    assert mlflow_goes_by(b"{}", "GET", "a/b", "run_id=b") == "b"
+
+
+# All of MLflow's requests
+
+# Names in requests that name no resource: people, settings, and Databricks' own.
+NO_RESOURCES = {
+    *("user_id", "sql_warehouse_id", "source_databricks_request_id", "run_tracking_server_id", "deployment_job_id"),
+    *("metric_name", "dataset_name", "model_name", "scorer_version", "action_endpoint_id"),
+    *("artifact_directory_path", "update_schema_ids"),
+}
+
+
+def request_fields() -> Iterator[tuple[str, str]]:
+    for part in (service_pb2, model_registry_pb2, webhooks_pb2):
+        for service in part.DESCRIPTOR.services_by_name.values():
+            for method in service.methods:
+                for field in method.input_type.fields:
+                    yield f"{method.name}.{field.name}", field.name
+
+
+def test_every_name_in_mlflows_requests_is_recorded_or_left_out_on_purpose() -> None:
+    named = {
+        (where, field)
+        for where, field in request_fields()
+        if re.search(r"(^|_)(ids?|uuid|name|alias|version|path)$", field)
+    }
+    assert len(named) > 100
+    assert {where for where, field in named if field not in module._TAG_NAMES and field not in NO_RESOURCES} == set()
+    assert NO_RESOURCES.isdisjoint(module._TAG_NAMES)
+
+
+WRITES = [
+    pytest.param(call, id=f"{call.method} {call.rule}")
+    for family in FAMILIES.values()
+    for call in family
+    if action_of(call.method, re.sub(r"<[^>]*>|\{[^}]*\}", "x", call.rule)).writes and isinstance(call.data, dict)
+]
+
+
+@pytest.mark.parametrize("call", WRITES)
+def test_of_valid_writes_only_identifiers_are_taken(call: Call) -> None:
+    """With a mark in every value: what comes out stands under a name that is recorded, as it was sent."""
+    marked = {name: f"<{name}>" if isinstance(value, str) else value for name, value in dict(call.data or {}).items()}
+    rule = re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", call.rule)
+    path = re.sub(r"\{(\w+)\}", lambda match: quote(f"<{match[1]}>"), rule)
+    template = action_of(call.method, path).template
+    for name, value in of(marked, template, path).items():
+        for item in value if isinstance(value, list) else [value]:
+            match = re.fullmatch(r"<(\w+)>", item)
+            if match:
+                assert module._TAG_NAMES[match[1]] == name
+    for secret in ("value", "description", "secret", "url", "source", "model_json", "serialized_scorer"):
+        assert f"<{secret}>" not in json.dumps(of(marked, template, path))
