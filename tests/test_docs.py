@@ -1,6 +1,9 @@
 """Keeps the documentation true: what it names exists, what it lists is what the code has, and its examples run."""
 
+import base64
+import inspect
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -14,17 +17,27 @@ from typing import Any, NamedTuple
 
 import click
 import pytest
+from click.testing import CliRunner
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from tests.access.test_actions import AWS_READS, AWS_WRITES
 
 from mlflow_proxy import cli, configuration, options, settings
+from mlflow_proxy.access.actions import routes
+from mlflow_proxy.access.caller import Caller
+from mlflow_proxy.access.identity import Identity
+from mlflow_proxy.access.own_pages import own_page
+from mlflow_proxy.access.policy import Policy
+from mlflow_proxy.aws.role_sessions import role_session
 from mlflow_proxy.errors import Refusal
 from mlflow_proxy.local import Fault, LocalSageMaker
 from mlflow_proxy.relay import DROPPED_HEADERS, rewrite_location
 from mlflow_proxy.requests import PASSED_HEADERS, SINGLE_HEADERS
 from mlflow_proxy.settings import CONFIG_VARIABLE
 from mlflow_proxy.targets import Mode, default_endpoint, parse_arn, parse_endpoint
+from mlflow_proxy.telemetry.audit import AuditLog
+from mlflow_proxy.telemetry.metrics import FAMILIES, LIMITS, PREFIX, UPSTREAM_ERRORS
 from mlflow_proxy.telemetry.record import Record
 from mlflow_proxy.transform import canonical_path, canonical_query
 
@@ -34,6 +47,15 @@ SOURCE = ROOT / "src" / "mlflow_proxy"
 PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", ROOT / "CHANGELOG.md", *sorted(DOCS.glob("*.md"))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 TARGET = '[[targets]]\nname = "team"\narn = "arn:aws:sagemaker:eu-central-1:111122223333:mlflow-tracking-server/team"\n'
+KEYS_AND_A_ROLE = '[access]\nkeys_file = "keys.jsonl"\n[[roles]]\nname = "a"\ntargets = ["*"]\nallow = ["*"]\n'
+# The pages on ways of identifying, and what turns each on.
+WAYS = {
+    "docs/access-keys.md": ("access", "keys_file"),
+    "docs/access-tokens.md": ("oidc", "issuer"),
+    "docs/access-browser.md": ("oidc", "client_id"),
+    "docs/access-load-balancer.md": ("load_balancer", "arn"),
+    "docs/access-certificates.md": ("certificates", "subject_header"),
+}
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
@@ -144,8 +166,8 @@ def test_variables_that_are_named_exist(name: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def stubs(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """Files with a certificate and its key."""
+def stubs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a certificate, its key, and a secret."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "mlflow.example.com")])
     now = datetime.now(UTC)
@@ -158,22 +180,34 @@ def stubs(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     (folder / "key.pem").write_bytes(
         key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     )
-    return str(folder / "cert.pem"), str(folder / "key.pem")
+    (folder / "secret").write_bytes(bytes(32))
+    return folder
 
 
+# Options that name files, and what is put in their place.
+_FILES = {
+    "tls_certificate|ca_bundle": "cert.pem",
+    "tls_key": "key.pem",
+    "client_secret_file|session_secret_file": "secret",
+    "keys_file": "keys.jsonl",
+    "to": "audit.jsonl",
+}
 TOML = blocks("toml")
 
 
-@pytest.mark.parametrize("block", TOML, ids=ids(TOML))
-def test_configurations_are_without_mistakes(block: Block, stubs: tuple[str, str], tmp_path: Path) -> None:
-    """All of them: those without targets are parts, which must fit with any."""
+def load(block: Block, folder: Path) -> settings.Settings:
+    """A block as a configuration: one without targets is a part, which must fit with any. Files are in `folder`."""
     text = block.text if "[[targets]]" in block.text else f"{block.text}\n{TARGET}"
-    certificate, key = stubs
-    text = re.sub(r'(tls_certificate|ca_bundle) = "[^"]*"', rf'\1 = "{certificate}"', text)
-    text = re.sub(r'tls_key = "[^"]*"', f'tls_key = "{key}"', text)
-    file = tmp_path / "proxy.toml"
-    file.write_text(text, "utf-8")
-    assert configuration.load(file, {}).build_targets()
+    for names, file in _FILES.items():
+        text = re.sub(rf'^({names}) = "[\w./-]*"', rf'\1 = "{folder / file}"', text, flags=re.MULTILINE)
+    config = folder / "proxy.toml"
+    config.write_text(text, "utf-8")
+    return configuration.load(config, {})
+
+
+@pytest.mark.parametrize("block", TOML, ids=ids(TOML))
+def test_configurations_are_without_mistakes(block: Block, stubs: Path) -> None:
+    assert load(block, stubs).build_targets()
 
 
 def test_the_first_configuration_is_short_and_whole() -> None:
@@ -196,8 +230,11 @@ def test_variables_do_what_the_file_does(tmp_path: Path) -> None:
 
 def test_targets_from_the_environment() -> None:
     text = block_after("docs/configuration.md", "Targets are one JSON list", "bash")
-    name, _, value = shlex.split(text.splitlines()[0])[1].partition("=")
-    assert [target.name for target in configuration.load(None, {name: value}).targets] == ["team"]
+    exports = [shlex.split(line)[1] for line in text.splitlines() if line.startswith("export ")]
+    loaded = configuration.load(None, dict(export.split("=", 1) for export in exports))
+    assert [target.name for target in loaded.targets] == ["team"]
+    assert [role.name for role in loaded.roles] == ["writer"]
+    assert loaded.identifies
 
 
 def test_mistakes_look_as_shown(tmp_path: Path) -> None:
@@ -225,6 +262,8 @@ def test_other_machines_need_the_risk_named(tmp_path: Path) -> None:
             configuration.load(file, {"MLFLOW_PROXY_SERVER__HOST": host})
         named = {"MLFLOW_PROXY_SERVER__HOST": host, "MLFLOW_PROXY_ACCESS__ANONYMOUS": "i-understand"}
         assert not configuration.load(file, named).listens_on_loopback
+    file.write_text(f"{KEYS_AND_A_ROLE}{TARGET}", "utf-8")
+    assert not configuration.load(file, {"MLFLOW_PROXY_SERVER__HOST": "0.0.0.0"}).listens_on_loopback
 
 
 JSON = blocks("json")
@@ -244,6 +283,171 @@ def test_bounds_of_links() -> None:
         assert default == str(field.default)
         assert code(parameter) == [name.removeprefix("ui.")]
         assert code(option) == [f"--{name.removeprefix('ui.').replace('_', '-')}"]
+
+
+# Who may do what
+
+
+@pytest.mark.parametrize("page", WAYS)
+def test_each_way_of_identifying_has_a_configuration_that_works_as_pasted(page: str, stubs: Path) -> None:
+    """Whole but for targets: it identifies callers this way, and gives somebody a role."""
+    loaded = [load(block, stubs) for block in TOML if block.page == page and "[[roles]]" in block.text]
+    section_name, option = WAYS[page]
+    assert getattr(getattr(loaded[0], section_name), option)
+    for each in loaded:
+        assert each.identifies
+        assert all(role.allow for role in each.roles)
+
+
+def test_every_way_of_identifying_has_its_page() -> None:
+    assert {f"docs/{page.name}" for page in DOCS.glob("access-*.md")} == WAYS.keys()
+    table = rows(section("docs/access.md", "## How a caller is identified"))
+    linked = {f"docs/{link}" for row in table for link in _LINK.findall(row[2])}
+    assert linked == WAYS.keys()
+
+
+def test_ways_of_identifying_are_asked_in_the_order_shown() -> None:
+    """The order in which `Identity` looks at what was presented, as its source has it."""
+    looked = re.findall(r'b"([a-z-]+)" in presented', inspect.getsource(Identity))
+    looked = list(dict.fromkeys(looked))
+    assert {"x-api-key", "authorization", "x-amzn-oidc-data", "cookie"} == set(looked)
+    shown = " ".join(row[1] for row in rows(section("docs/access.md", "## How a caller is identified"))).lower()
+    places = [shown.index(name) for name in looked]
+    assert places == sorted(places)
+
+
+def test_a_refusal_looks_as_shown(stubs: Path) -> None:
+    (block,) = [block for block in TOML if block.page == "docs/access.md" and "scientist" in block.text]
+    loaded = load(block, stubs)
+    policy = Policy(loaded.roles, loaded.build_targets())
+    shown = json.loads(block_after("docs/access.md", "Who may not gets 403", "json"))
+    with pytest.raises(Refusal) as caught:
+        policy.decide(Caller("user:bob", "token", frozenset({"data-x"})), "team", "DeleteRun")
+    assert caught.value.status == 403
+    assert shown == json.loads(caught.value.answer(shown["request_id"])[2])
+    scientist = Caller("user:alice@example.com", "token")
+    assert policy.decide(scientist, "team", "DeleteRun").role == "scientist"
+    for denied in ("DeleteExperiment", "CreateRegisteredModel"):
+        with pytest.raises(Refusal, match="denies"):
+            policy.decide(scientist, "team", denied)
+
+
+def test_actions_are_those_listed() -> None:
+    """By kind, those of AWS's own list apart."""
+    writes = {action.name: action.writes for _, _, action in routes() if not action.by_body}
+    reaching = {name for name in writes if writes[name] and name.startswith(("Invoke", "Test", "Presign", "Inspect"))}
+    kinds = {
+        "reads": {name for name in writes if not writes[name]},
+        "writes": {name for name in writes if writes[name]} - reaching,
+        "reaches out, hands out, or shows": reaching,
+    }
+    aws = AWS_READS | AWS_WRITES
+    table = [row for row in rows(section("docs/access.md", "## Actions")) if row[0] in kinds]
+    assert {row[0]: (set(code(row[1])), set(code(row[2]))) for row in table} == {
+        kind: (names & aws, names - aws) for kind, names in kinds.items()
+    }
+    assert all(name.startswith(("Get", "List", "Search", "Access")) for name in kinds["reads"])
+
+
+def test_own_pages_need_what_is_said() -> None:
+    table = {code(row[0])[0]: row[3] for row in rows(section("docs/operating.md", "## Health, readiness, version"))}
+    assert table.pop("/-/health") == "nothing"
+    assert table
+    for path, needs in table.items():
+        action = own_page(path).action
+        assert not own_page(path).stranger
+        assert needs == (f"a role that allows `{action}`" if action else "any role")
+
+
+def test_role_sessions_are_called_as_shown() -> None:
+    role = settings.RoleSettings(
+        name="writer",
+        targets=["*"],
+        assume_role_arn="arn:aws:iam::111122223333:role/x",
+        session_tags=True,
+        source_identity=True,
+    )
+    sessions = [role_session(role, subject, "eu-central-1") for subject in ("user:alice@example.com", "key:ci")]
+    name, caller, of_role, source = rows(section("docs/access.md", "## As which IAM role"))
+    assert [code(cell)[0] for cell in name[1:]] == [session.session_name for session in sessions]
+    assert [code(cell)[0] for cell in caller[1:]] == [dict(session.tags)["caller"] for session in sessions]
+    assert [code(cell)[0] for cell in of_role[1:]] == [dict(session.tags)["role"] for session in sessions]
+    assert source[1:] == ["as the session name"] * 2
+    assert [session.source_identity for session in sessions] == [session.session_name for session in sessions]
+    changed = dict(role_session(role, "cert:CN=trainer,O=Example", "eu-central-1").tags)["caller"]
+    assert f"`{changed}` for `cert:CN=trainer,O=Example`" in read("docs/access.md").replace("\n", " ")
+
+
+def test_the_commands_for_keys_run(tmp_path: Path) -> None:
+    """Make, list, rotate and revoke, in the order shown; then what reads the list, and changes a copy of a secret."""
+    page = "docs/access-keys.md"
+    config = next(block.text for block in TOML if block.page == page)
+    config = config.replace("/etc/mlflow-proxy/", f"{tmp_path}/")
+    (tmp_path / "proxy.toml").write_text(f"{config}\n{TARGET}", "utf-8")
+    copies = re.findall(r"^mlflow-proxy keys new .*--file.*$", read(page), re.MULTILINE)
+    assert len(copies) == 2
+    script = block_after(page, "## Make, list, rotate, revoke", "bash") + block_after(
+        page, "`keys list --json`", "bash"
+    )
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", "\n".join([script, "rm keys.jsonl", *copies])],
+        cwd=tmp_path,
+        env={"PATH": path, "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"^mlp_\w+$", done.stdout, re.MULTILINE)) == 4
+    table = block_after(page, "## Make, list, rotate, revoke", "text")
+    assert table.splitlines()[0].split() in [line.split() for line in done.stdout.splitlines()]
+    fields_of_a_key = json.loads((tmp_path / "keys.jsonl").read_text().splitlines()[0]).keys()
+    assert list(json.loads(block_after(page, "## The keys file", "json"))) == list(fields_of_a_key)
+    listed = [code(row[0])[0] for row in rows(section(page, "## The keys file"))[:8]]
+    assert listed == [*fields_of_a_key, "ends", "revoked"]
+
+
+def test_a_token_is_shown_as_said() -> None:
+    claims = {"sub": "alice", "groups": ["ü>?"]}
+    part = base64.urlsafe_b64encode(json.dumps(claims).encode()).decode().rstrip("=")
+    command = block_after("docs/access-tokens.md", "What a token says of itself", "bash")
+    script = f"TOKEN=e30.{part}.x\n{command}"
+    done = subprocess.run(["bash", "-euc", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == claims
+
+
+def test_verdicts_of_limits_are_those_listed() -> None:
+    table = [row for row in rows(section("docs/limits.md", "## What callers get")) if row[0] in ("429", "503")]
+    listed = [code(row[1])[0] for row in table]
+    assert set(listed) == LIMITS - {"waited"}
+    assert len(listed) == len(set(listed))
+
+
+def test_audit_events_and_fields_are_those_listed(tmp_path: Path) -> None:
+    """As requests and the command for keys write them; those of sign-in are few, and have tests of their own."""
+    file = tmp_path / "audit.jsonl"
+    log = AuditLog(str(file))
+    for action, status in (("DeleteRun", 200), ("DeleteRun", 403), ("CreatePresignedMlflowAppUrl", 200)):
+        record = Record("POST", "id")
+        record.writes, record.action, record.status, record.error = True, action, status, "why"
+        log.request(record)
+    log.close()
+    config = tmp_path / "proxy.toml"
+    text = KEYS_AND_A_ROLE.replace("keys.jsonl", str(tmp_path / "keys.jsonl"))
+    config.write_text(f'{text}{TARGET}[audit]\nto = "{file}"\n', "utf-8")
+    for arguments in (["new", "--name", "ci", "--role", "a"], ["rotate", "ci"], ["revoke", "ci"]):
+        done = CliRunner().invoke(cli.main, ["keys", *arguments, "-c", str(config)])
+        assert done.exit_code == 0, done.output
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    listed = {name for row in rows(section("docs/audit.md", "## Schema")) for name in code(row[0])}
+    assert set().union(*lines) | {"lines"} == listed
+    events = [name for row in rows(section("docs/audit.md", "## What is in it")) for name in code(row[0])]
+    rest = {"sign-in", "sign-in-failed", "sign-out", "lines-dropped"}
+    assert {line["event"] for line in lines} | rest == set(events)
+    source = (SOURCE / "portal/signin.py").read_text("utf-8") + (SOURCE / "telemetry/audit.py").read_text("utf-8")
+    assert all(f'"{event}"' in source or f"'{event}'" in source for event in rest)
 
 
 # The protocol
@@ -318,6 +522,30 @@ def test_log_fields_are_those_listed() -> None:
     assert list(sample) == list(Record("GET", "id").fields())
 
 
+def test_metrics_are_those_listed() -> None:
+    table = rows(section("docs/operating.md", "## Metrics"))
+    listed = {code(row[0])[0]: (row[1], tuple(code(row[2]))) for row in table}
+    assert listed == {PREFIX + name: (family.kind, family.labels) for name, family in FAMILIES.items()}
+
+
+def test_kinds_of_upstream_errors_are_those_listed() -> None:
+    points = section("docs/operating.md", "## Metrics").split("\n- ")
+    (point,) = [point for point in points if point.startswith("`kind` is")]
+    assert set(code(point)) - {"kind"} == UPSTREAM_ERRORS
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_metrics_that_are_named_exist(name: str) -> None:
+    named = {found for text in code(_FENCE.sub("", read(name))) for found in re.findall(rf"^{PREFIX}\w+$", text)}
+    assert named <= {PREFIX + family for family in FAMILIES}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_alerts_that_are_named_exist(name: str) -> None:
+    rules = set(re.findall(r"- alert: (\w+)", read("deploy/grafana/alerts.yml")))
+    assert set(re.findall(r"`(MlflowProxy\w+)`", read(name))) <= rules
+
+
 def test_steps_of_the_check_exist() -> None:
     sample = block_after("docs/operating.md", "## Check a configuration", "text")
     steps = re.findall(r"^  [✓✗?] (\w+)", sample, re.MULTILINE)
@@ -339,10 +567,15 @@ def test_commands_and_their_options_exist(name: str) -> None:
     commands = _commands()
     fenced = "\n".join(body for _, body in _FENCE.findall(read(name)))
     text = "\n".join([fenced, *code(_FENCE.sub("", read(name)))])
-    for command, rest in re.findall(r"(?<![\w/-])mlflow-proxy ([a-z]+)\b([^\n|#;&]*)", text):
-        assert command in commands, f"mlflow-proxy {command}"
-        known = {option for parameter in commands[command].params for option in parameter.opts}
-        assert set(re.findall(r"(?<=\s)--?[a-z][a-z-]*", rest)) <= known
+    for called, rest in re.findall(r"(?<![\w/-])mlflow-proxy ([a-z]+)\b([^\n|#;&]*)", text):
+        assert called in commands, f"mlflow-proxy {called}"
+        command = commands[called]
+        part = re.match(r" ([a-z]+)\b", rest)
+        if isinstance(command, click.Group) and part is not None:
+            assert part[1] in command.commands, f"mlflow-proxy {called} {part[1]}"
+            command = command.commands[part[1]]
+        known = {option for parameter in command.params for option in parameter.opts}
+        assert set(re.findall(r"(?<=\s)--?[a-z][a-z-]*", rest)) <= known, f"mlflow-proxy {called}{rest}"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -375,13 +608,14 @@ def test_dependencies_are_those_of_the_project() -> None:
 
     expected = {
         "## The service": names(project["project"]["dependencies"]),
+        "## The extra `tracing`": names(project["project"]["optional-dependencies"]["tracing"]),
         "## The extra `local`": names(project["project"]["optional-dependencies"]["local"]),
         "## Development": names(project["dependency-groups"]["dev"]),
         "## Benchmarks": names(project["dependency-groups"]["bench"]),
     }
     for heading, packages in expected.items():
         assert {code(row[0])[0] for row in rows(section("docs/dependencies.md", heading))} == packages
-    assert set(project["project"]["optional-dependencies"]) == {"local"}
+    assert set(project["project"]["optional-dependencies"]) == {"local", "tracing"}
     assert set(project["dependency-groups"]) == {"dev", "bench"}
 
 
