@@ -59,7 +59,7 @@ class Served:
 
     def happen(self) -> None:
         """Everything once more."""
-        self.times += 1
+        self.times += 20
         for status in (200, 404, 503):
             record = Record("GET", "request-00000001")
             record.started = time.perf_counter() - 20.0
@@ -72,7 +72,7 @@ class Served:
             for limit in LIMITS:
                 record.limit = limit
                 self.metrics.observe(record)
-        for _ in range(3):
+        for _ in range(60):
             self.metrics.auth_failure("key")
         self.metrics.dropped_identity(1)
         self.metrics._write(self.metrics._samples())

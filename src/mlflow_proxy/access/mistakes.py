@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from urllib.parse import SplitResult, urlsplit
 
 from mlflow_proxy.access import actions
 from mlflow_proxy.access.policy import EXPLICIT_PREFIX, OWN_PREFIX, UNKNOWN_PREFIX, Patterns
+from mlflow_proxy.telemetry.audit import problem_with
 
 Table = Mapping[str, Any]
 
@@ -163,10 +163,9 @@ def _limit_problems(limits: Table) -> Iterator[str]:
 
 def _record_problems(data: Table) -> Iterator[str]:
     to = _table(data, "audit").get("to")
-    if isinstance(to, str) and to not in ("stderr", "stdout", "off"):
-        path = Path(to)
-        if path.is_dir() or not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-            yield f"audit.to: {to!r} cannot be written; name a file in a folder that exists and is writable"
+    problem = problem_with(to) if isinstance(to, str) else None
+    if problem is not None:
+        yield f"audit.to: {problem}"
     endpoint = _table(data, "tracing").get("endpoint")
     yield from _url("tracing.endpoint", endpoint, secure=False)
     if endpoint and importlib.util.find_spec("opentelemetry.exporter.otlp.proto.http") is None:

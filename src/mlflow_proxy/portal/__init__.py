@@ -103,6 +103,8 @@ def _flask(portal: Portal) -> Flask:
 
     @app.errorhandler(Refusal)
     def _refused(refusal: Refusal) -> Response:
+        record = g.visit.record
+        record.error, record.limit = refusal.detail or refusal.message, refusal.limit
         status, headers, body = refusal.answer(g.request_id)
         sent = [(name.decode(), value.decode("latin-1")) for name, value in headers if name != b"x-request-id"]
         return Response(body, status, sent)
