@@ -19,6 +19,7 @@ from mlflow_proxy.requests import (
     RequestIds,
     RequestReader,
     forwarded_client,
+    refuse_foreign,
 )
 from mlflow_proxy.settings import Server
 
@@ -588,7 +589,8 @@ PUBLIC = Server(public_url="https://Pub.example:443")
         ([("sec-fetch-site", "")], False),
         ([("sec-fetch-site", "same-origin"), ("sec-fetch-site", "cross-site")], False),
         ([("sec-fetch-site", "cross-site"), ("origin", "http://localhost:8080")], False),
-        ([("sec-fetch-site", "same-origin"), ("origin", "https://proxy.example")], True),
+        ([("sec-fetch-site", "same-origin"), ("origin", "https://proxy.example")], False),
+        ([("sec-fetch-site", "same-origin"), ("origin", "https://pub.example")], True),
         ([("origin", "http://localhost:8080")], True),
         ([("origin", "https://localhost:8080")], True),
         ([("origin", "HTTP://LOCALHOST:8080")], True),
@@ -605,18 +607,25 @@ PUBLIC = Server(public_url="https://Pub.example:443")
 )
 def test_other_sites_change_nothing(method: str, headers: list[tuple[str, str]], own: bool) -> None:
     pairs = [(name.encode(), value.encode()) for name, value in headers]
+    request = read(pairs, PUBLIC, method=method)
+    assert request.foreign is not own
     if own:
-        assert read(pairs, PUBLIC, method=method).headers == []
-    else:
-        refusal = refusal_of(pairs, PUBLIC, method=method)
-        assert (refusal.status, refusal.close) == (403, True)
+        refuse_foreign(request, writes=True)
+        return
+    with pytest.raises(Refusal) as refused:
+        refuse_foreign(request, writes=False)
+    assert (refused.value.status, refused.value.close) == (403, True)
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "OPTIONS"])
-def test_other_sites_may_link_here(method: str) -> None:
+def test_other_sites_may_link_here_but_not_to_what_changes_something(method: str) -> None:
     headers = [(b"sec-fetch-site", b"cross-site"), (b"origin", b"https://evil.example")]
-    assert read(headers, method=method).headers == []
+    request = read(headers, method=method)
+    refuse_foreign(request, writes=False)
+    with pytest.raises(Refusal):
+        refuse_foreign(request, writes=True)
+    refuse_foreign(read([(b"sec-fetch-site", b"same-origin")], method=method), writes=True)
 
 
 def test_without_public_url_an_empty_origin_is_nobodys() -> None:
-    assert refusal_of([(b"origin", b"")], method="POST").status == 403
+    assert read([(b"origin", b"")], method="POST").foreign

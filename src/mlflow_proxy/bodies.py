@@ -101,10 +101,6 @@ class Bodies:
         return size
 
 
-def _too_large(limit: int) -> Refusal:
-    return Refusal(413, f"The body is larger than {limit} bytes. Send smaller batches.", close=True)
-
-
 def _keep(chunks: list[bytes | bytearray], chunk: bytes) -> None:
     if chunks and len(chunk) < SMALL_CHUNK:
         if not isinstance(chunks[-1], bytearray):

@@ -78,7 +78,9 @@ async def _provider_step(settings: Settings) -> Step:
     verifier = TokenVerifier(settings.oidc, proxy=settings.upstream.proxy)
     await verifier.start()
     try:
-        await verifier.metadata()
+        await verifier.ready()
+        if settings.oidc.client_id is not None:
+            await verifier.metadata()
     except Refusal as refusal:
         return Step("OIDC provider", False, f"{settings.oidc.issuer}", refusal.detail or refusal.message)
     finally:

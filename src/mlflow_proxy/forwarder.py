@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Awaitable
 
 from mlflow_proxy.access import graphql
 from mlflow_proxy.access.actions import Action, action_of
@@ -12,9 +13,10 @@ from mlflow_proxy.access.identity import Identity
 from mlflow_proxy.access.policy import UNKNOWN_PREFIX, Decision, Policy
 from mlflow_proxy.bodies import Bodies, Receive
 from mlflow_proxy.deadlines import Deadlines
-from mlflow_proxy.limits import Limits
+from mlflow_proxy.errors import Refusal
+from mlflow_proxy.limits import OWN_PAGES, Limits
 from mlflow_proxy.relay import Send, downstream_headers, relay, send_whole
-from mlflow_proxy.requests import Request
+from mlflow_proxy.requests import Request, refuse_foreign
 from mlflow_proxy.routing import Route, Routes
 from mlflow_proxy.sending import Answer, Sender
 from mlflow_proxy.signing import NO_PAYLOAD, Payload
@@ -57,26 +59,26 @@ class Forwarder:
         # 2 identify, before anything of the configuration shows
         record.step("identify")
         caller = await self._identity.identify(request, record)
-        # 3 route
-        route = self._routes.find(request.path, request.query, lambda: self._policy.visible(caller))
+        # 3 route, 4 authorize
+        try:
+            route, action, decision = self._judge(caller, request, record)
+        except Refusal:
+            await _settled(self._limits.check(caller, None, OWN_PAGES))  # what is refused counts, too
+            raise
         target = route.target.name
-        record.target = target
-        # 4 authorize
-        record.step("authorize")
-        action = action_of(request.method, route.path)
-        record.action, record.route, record.writes = action.name, action.template, action.writes
-        by_body = action.by_body and self._policy.restricts
-        decision = None if by_body else self._policy.decide(caller, target, action.name)
         # 5 limit: the rate, the body, and a place among the target's requests
         record.step("limit")
-        if decision is not None:
-            await self._count(caller, decision, target, record)
+        record.role = decision.role if decision else ""
+        await _settled(self._limits.check(caller, record.role or None, target))
         data = await self._bodies.collect(request, receive) if request.has_body else b""
         record.bytes_in = len(data)
         try:
             if decision is None:
                 decision = self._by_body(caller, target, request, data, record)
-                await self._count(caller, decision, target, record)
+                record.role = decision.role
+                await _settled(self._limits.check_role(record.role or None))
+            if decision.session is not None:  # a wait for STS must hold no place
+                await self._sender.prepare(route.target, decision.session)
             pending = self._limits.enter(caller, target)
             if pending is not None:
                 waiting = time.perf_counter()
@@ -103,6 +105,18 @@ class Forwarder:
             self._limits.leave(target, throttled=record.throttled, answered=answer is not None)
         # 9 record: the gateway does it, whatever became of the request.
 
+    def _judge(self, caller: Caller, request: Request, record: Record) -> tuple[Route, Action, Decision | None]:
+        """Where the request goes, what it does there, and by which role it may; None: its body has to tell."""
+        route = self._routes.find(request.path, request.query, lambda: self._policy.visible(caller))
+        record.target = route.target.name
+        record.step("authorize")
+        action = action_of(request.method, route.path)
+        record.action, record.route, record.writes = action.name, action.template, action.writes
+        refuse_foreign(request, writes=action.writes)
+        if action.by_body and self._policy.restricts:
+            return route, action, None
+        return route, action, self._policy.decide(caller, route.target.name, action.name)
+
     async def _relay(self, answer: Answer, route: Route, send: Send, record: Record) -> None:
         if answer.error is not None:
             raise answer.error.refusal()
@@ -126,12 +140,6 @@ class Forwarder:
             sent=record.add_bytes_out,
         )
 
-    async def _count(self, caller: Caller, decision: Decision, target: str, record: Record) -> None:
-        record.role = decision.role
-        pending = self._limits.check(caller, decision.role or None, target)
-        if pending is not None:
-            await pending
-
     def _by_body(self, caller: Caller, target: str, request: Request, data: bytes, record: Record) -> Decision:
         """GraphQL may ask for many things at once: one role must allow them all, and signs."""
         names = graphql.actions_of(request.method, request.content_type, request.query, data)
@@ -151,3 +159,8 @@ def _prepare(request: Request, path: str, template: str, data: bytes, record: Re
     if template:
         record.resources = resources_of(template, path, request.query, data)
     return Payload.of(data)
+
+
+async def _settled(pending: Awaitable[None] | None) -> None:
+    if pending is not None:
+        await pending

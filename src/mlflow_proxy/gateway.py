@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 from mlflow_proxy import __version__, configuration
 from mlflow_proxy.access.caller import Caller
 from mlflow_proxy.access.identity import Identity, build_ways, forwarded_identity
-from mlflow_proxy.access.own_pages import OwnPage, own_page
-from mlflow_proxy.access.policy import Patterns, Policy
+from mlflow_proxy.access.own_pages import LINKS, OwnPage, own_page
+from mlflow_proxy.access.policy import Patterns, Policy, link_action
 from mlflow_proxy.access.session import Sessions
 from mlflow_proxy.aws.credentials import CredentialStore
 from mlflow_proxy.bodies import Bodies, CallerGone, Receive
@@ -33,7 +33,7 @@ from mlflow_proxy.limits import OWN_PAGES, Limits
 from mlflow_proxy.portal import VISIT, Parts, Portal, Visit
 from mlflow_proxy.readiness import Readiness
 from mlflow_proxy.relay import Send
-from mlflow_proxy.requests import Request, RequestIds, RequestReader, Scope
+from mlflow_proxy.requests import Request, RequestIds, RequestReader, Scope, is_trusted, refuse_foreign
 from mlflow_proxy.routing import OWN_PREFIX, Routes
 from mlflow_proxy.runtime import Runtime
 from mlflow_proxy.sending import Sender
@@ -41,7 +41,7 @@ from mlflow_proxy.settings import CONFIG_VARIABLE, Settings
 from mlflow_proxy.targets import Target
 from mlflow_proxy.telemetry.audit import AuditLog
 from mlflow_proxy.telemetry.metrics import Metrics, State
-from mlflow_proxy.telemetry.record import Record, RequestLog
+from mlflow_proxy.telemetry.record import AUTH_FAILURES, Record, RequestLog
 from mlflow_proxy.watch import CallerWatch
 
 if TYPE_CHECKING:
@@ -58,6 +58,9 @@ _HEALTH = b'{"status": "ok"}\n'
 _CALLER_GONE = 499
 # No page of the proxy's own takes more.
 _OWN_BODY_LIMIT = 16 * 1024
+# Seconds between two audit lines about one address that is refused for its failures, and how many are remembered.
+_TOLD_EVERY = 60.0
+_MOST_TOLD = 4096
 
 
 class Gateway:
@@ -66,6 +69,7 @@ class Gateway:
     def __init__(self, config: Settings, runtime: Runtime) -> None:
         self._settings = config
         self._runtime = runtime
+        self._told: dict[str, float] = {}
         self._ids = RequestIds()
         self._reader = RequestReader(config.server, forwarded_identity(config))
         as_json = config.log.format == "json" or (config.log.format == "auto" and not sys.stdout.isatty())
@@ -118,23 +122,40 @@ class Gateway:
         self._metrics.in_flight -= 1
         if self._settings.log.metrics:
             self._metrics.observe(record)
-        # The sign-in writes audit lines of its own.
-        if (record.writes or record.status >= 400) and not record.route.startswith("/-/sign"):
+        if (record.writes or record.status >= 400) and self._is_news(record):
             self._audit.request(record)
         if record.trace is not None:
             record.trace.end(record)
         if self._log is not None:
             self._log.write(record)
 
+    def _is_news(self, record: Record) -> bool:
+        """Whether nobody wrote it down already: the sign-in has audit lines of its own, and of an address that is
+        refused for its many failures, one line a minute says enough.
+        """
+        if record.limit != AUTH_FAILURES:
+            return not record.route.startswith("/-/sign")
+        now = time.monotonic()
+        if now - self._told.get(record.caller_address, -_TOLD_EVERY) < _TOLD_EVERY:
+            return False
+        if len(self._told) >= _MOST_TOLD:
+            self._told.clear()
+        self._told[record.caller_address] = now
+        return True
+
     async def _own(self, scope: Scope, request: Request, receive: Receive, send: Send, record: Record) -> None:
         """The proxy's own pages, in Flask. They see the canonical path and query, and a body that is all there: none of
         their few threads ever waits for a caller.
         """
         page = own_page(request.path)
-        record.target, record.route, record.action, record.writes = OWN_PAGES, page.route, page.action, page.writes
-        caller = None if page.stranger else await self._admitted(page, request, record)
+        record.target, record.route, record.action = OWN_PAGES, page.route, page.action
         if page.stranger:
-            await _settled(self._limits.check_failures(request.client))
+            caller = None
+            self._limits.check_failures(request.client)
+            refuse_foreign(request, writes=False)
+        else:
+            caller = await self._identity.identify(request, record)
+            await self._admit(page, caller, request, record)
         body = await self._bodies.collect(request, receive, limit=_OWN_BODY_LIMIT) if request.has_body else b""
         record.bytes_in = len(body)
         own = {
@@ -165,18 +186,27 @@ class Gateway:
             await self._portal(own, received, recorded)
         finally:
             self._bodies.release(len(body))
-        if page.stranger and record.error:
+        if page.stranger and record.error and not is_trusted(request.client, self._settings.server.trusted_proxies):
             await _settled(self._limits.add_failure(request.client))
 
-    async def _admitted(self, page: OwnPage, request: Request, record: Record) -> Caller:
-        """Identify, authorize and limit the caller of a page of our own. Raises Refusal."""
-        caller = await self._identity.identify(request, record)
-        if page.action:
-            record.role = self._policy.decide_own(caller, page.action).role
-        else:
-            self._policy.require_any_role(caller)
-        await _settled(self._limits.check(caller, record.role or None, OWN_PAGES))
-        return caller
+    async def _admit(self, page: OwnPage, caller: Caller, request: Request, record: Record) -> None:
+        """Authorize and limit the caller of a page of our own. Raises Refusal."""
+        target = OWN_PAGES
+        try:
+            refuse_foreign(request, writes=False)
+            if page.is_link:
+                wanted = self._routes.by_name(request.path.removeprefix(LINKS), lambda: self._policy.visible(caller))
+                target, record.target, record.writes = wanted.name, wanted.name, True
+                record.action = link_action(wanted)
+                record.role = self._policy.decide(caller, target, record.action).role
+            elif page.action:
+                record.role = self._policy.decide_own(caller, page.action).role
+            else:
+                self._policy.require_any_role(caller)
+        except Refusal:
+            await _settled(self._limits.check(caller, None, OWN_PAGES))  # what is refused counts, too
+            raise
+        await _settled(self._limits.check(caller, record.role or None, target))
 
     async def _live(self, receive: Receive, send: Send) -> None:
         await receive()
@@ -203,11 +233,17 @@ class Gateway:
         self._policy = Policy(settings.roles, targets)
         sessions = _sessions(settings, self._runtime) if settings.oidc.client_id else None
         ways = build_ways(settings, sessions)
-        self._identity = Identity(ways, self._limits, self._metrics, sign_in=sessions is not None)
+        self._identity = Identity(
+            ways,
+            self._limits,
+            self._metrics,
+            trusted=settings.server.trusted_proxies,
+            sign_in=sessions is not None,
+        )
         self._credentials = CredentialStore(targets, settings.aws, proxy=settings.upstream.proxy)
         await asyncio.gather(self._credentials.start(), self._identity.start(), self._limits.start())
         self._sender = Sender(targets, settings.upstream, self._credentials, self._deadlines)
-        routes = Routes(targets)
+        routes = self._routes = Routes(targets)
         self._forwarder = Forwarder(
             identity=self._identity,
             routes=routes,

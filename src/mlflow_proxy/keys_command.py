@@ -98,7 +98,7 @@ def new(name: str, role: str, expires: _Lifetime, config: Path | None, file: Pat
     place.check_role(role)
     is_new = not place.path.exists()
     now = _now()
-    with _changing(place, create=True) as (held, audit):
+    with _changing(place, create=True) as (held, trail):
         valid = [key for key in held if key.name == name and now.timestamp() < key.valid_until]
         if valid:
             raise KeysError(
@@ -106,11 +106,12 @@ def new(name: str, role: str, expires: _Lifetime, config: Path | None, file: Pat
             )
         text, key = make_key(name, role, created=now, expires=_end(now, expires), taken=_taken(held))
         held.append(key)
-        audit("key-created", key)
+        trail.add("key-created", key)
     click.echo(f"Key {key.id} for {name}, role {role}, {_lasts(key)}. It is shown only this once:", err=True)
     click.echo(text)
     if is_new:
         click.echo(f"Made {place.path}, for this user only ({_user()}); the service's user must read it.", err=True)
+    trail.check()
 
 
 @keys.command("list")
@@ -140,18 +141,19 @@ def revoke(which: str, config: Path | None, file: Path | None) -> None:
     """Make a key void at once, or all keys of a name."""
     place = _place(config, file)
     now = _now()
-    with _changing(place) as (held, audit):
+    with _changing(place) as (held, trail):
         meant = [key for key in held if key.id == which] or [key for key in held if key.name == which]
         if not meant:
             raise KeysError(f"there is no key {which!r} in {place.path}; `mlflow-proxy keys list` shows all")
         revoked = [key for key in meant if key.revoked is None]
         held[:] = [replace(key, revoked=now) if key in revoked else key for key in held]
         for key in revoked:
-            audit("key-revoked", key)
+            trail.add("key-revoked", key)
     for key in revoked:
         click.echo(f"Revoked key {key.id} of {key.name}, role {key.role}.", err=True)
     if not revoked:
         click.echo(f"{which} is revoked already; nothing changed.", err=True)
+    trail.check()
 
 
 @keys.command()
@@ -181,7 +183,7 @@ def rotate(
     """Make a new key for a name and print it, this once; the old one counts until the overlap ends."""
     place = _place(config, file)
     now = _now()
-    with _changing(place) as (held, audit):
+    with _changing(place) as (held, trail):
         old = [key for key in held if key.name == name and now.timestamp() < key.valid_until]
         if not old:
             raise KeysError(
@@ -195,7 +197,7 @@ def rotate(
         text, key = make_key(name, newest.role, created=now, expires=_end(now, expires), taken=_taken(held))
         ended = {each.id: replace(each, ends=_first(each.ends, each.expires, now + overlap)) for each in old}
         held[:] = [*(ended.get(each.id, each) for each in held), key]
-        audit("key-rotated", key, replaces=list(ended))
+        trail.add("key-rotated", key, replaces=list(ended))
     click.echo(f"Key {key.id} for {name}, role {key.role}, {_lasts(key)}. It is shown only this once:", err=True)
     click.echo(text)
     for each in ended.values():
@@ -204,6 +206,7 @@ def rotate(
             f"mlflow-proxy keys revoke {each.id}",
             err=True,
         )
+    trail.check()
 
 
 def _place(config: Path | None, file: Path | None) -> _Place:
@@ -244,35 +247,59 @@ def _stream(audit: str) -> str:
     return "stderr" if audit == "stdout" else audit
 
 
+class _Trail:
+    """The audit lines for what one command changes."""
+
+    def __init__(self, to: str) -> None:
+        self._to = to
+        self._lines: list[tuple[str, dict[str, Any]]] = []
+        self._lost = 0
+
+    def add(self, event: str, key: Key, **more: Any) -> None:
+        """Take a line; nothing is written yet."""
+        expires = show_time(key.expires) if key.expires else None
+        fields = {"key_id": key.id, "name": key.name, "role": key.role, "expires": expires, "by": _user()}
+        self._lines.append((event, {**fields, **more}))
+
+    def write(self) -> None:
+        """Write all lines, for a few seconds at the most. `check` tells whether that succeeded."""
+        from mlflow_proxy.telemetry.audit import AuditLog  # as above
+
+        log = AuditLog(self._to)
+        for event, fields in self._lines:
+            log.write(event, **fields)
+        self._lost = log.close()
+
+    def check(self) -> None:
+        """Raise ClickException if a line could not be written. The last thing a command does: its key is shown."""
+        if self._lost:
+            raise click.ClickException(
+                f"the change was made, but not recorded: audit.to {self._to} could not be written. Repair that, and "
+                "note the change down where you keep your audit log"
+            )
+
+
 @contextmanager
-def _changing(place: _Place, *, create: bool = False) -> Iterator[tuple[list[Key], Callable[..., None]]]:
+def _changing(place: _Place, *, create: bool = False) -> Iterator[tuple[list[Key], _Trail]]:
     """The keys to change, and what takes the audit lines for it; they are written after the change, if that succeeds.
 
-    Where they cannot be written, nothing is changed.
+    Where it is plain that they cannot be written, nothing is changed. A disk that is full shows only afterwards: the
+    caller then has to `check` the trail, when all has been said about the change.
     """
-    from mlflow_proxy.telemetry.audit import AuditLog, problem_with  # as above
+    from mlflow_proxy.telemetry.audit import problem_with  # as above
 
     problem = problem_with(place.audit)
     if problem is not None:
         raise click.ClickException(
             f"nothing was changed, because the change could not be recorded: audit.to: {problem}"
         )
-    lines: list[tuple[str, dict[str, Any]]] = []
-
-    def audit(event: str, key: Key, **more: Any) -> None:
-        expires = show_time(key.expires) if key.expires else None
-        fields = {"key_id": key.id, "name": key.name, "role": key.role, "expires": expires, "by": _user()}
-        lines.append((event, {**fields, **more}))
-
+    trail = _Trail(place.audit)
     try:
         with change_keys(place.path, create=create) as held:
-            yield held, audit
+            yield held, trail
     except KeysError as error:
         raise click.ClickException(str(error)) from None
-    log = AuditLog(place.audit)
-    for event, fields in lines:
-        log.write(event, **fields)
-    log.close()
+    trail.write()
 
 
 def _user() -> str:

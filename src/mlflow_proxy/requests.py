@@ -120,6 +120,17 @@ _HOST = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::\d{1,5})?")
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{8,128}")
 
 
+def refuse_foreign(request: Request, *, writes: bool) -> None:
+    """Raises Refusal 403 for what a page of another site may not do: change anything.
+
+    Browsers send cookies, Basic credentials and certificates unasked, so how a caller was identified does not matter.
+    """
+    if request.foreign and (writes or request.method not in _SAFE_METHODS):
+        raise Refusal(
+            403, "A page of another site sent this request. Open the proxy's own address instead.", close=True
+        )
+
+
 class Presented(dict[bytes, list[bytes]]):
     """The headers by which a caller may be identified, by name. Only names are shown, never a value."""
 
@@ -132,6 +143,7 @@ class Request(NamedTuple):
 
     `presented` is what may identify the caller; of headers that only a trusted proxy may set, it has none from
     elsewhere, and `dropped_identity` counts those left out. `navigates`: a browser wants to show the answer as a page.
+    `foreign`: a page of another site sent it.
     """
 
     method: str
@@ -147,6 +159,7 @@ class Request(NamedTuple):
     presented: Presented = Presented()
     dropped_identity: int = 0
     navigates: bool = False
+    foreign: bool = False
 
 
 class RequestIds:
@@ -190,8 +203,7 @@ class RequestReader:
             raise Refusal(501, f"The method {method[:32]!r} is not one that MLflow has.", close=True)
         passed, noted, presented = self._sort_headers(scope["headers"])
         host = self._host(noted)
-        if method not in _SAFE_METHODS and (b"origin" in noted or b"sec-fetch-site" in noted):
-            self._refuse_other_sites(noted)
+        foreign = (b"origin" in noted or b"sec-fetch-site" in noted) and self._is_foreign(noted)
         length = _content_length(noted)
         if b"transfer-encoding" in noted and noted[b"transfer-encoding"] != [b"chunked"]:
             _refuse_coding(noted[b"transfer-encoding"])
@@ -214,6 +226,7 @@ class RequestReader:
             presented,
             dropped,
             _navigates(method, noted, passed),
+            foreign,
         )
 
     def _drop_claims(self, scope: Scope, presented: Presented) -> int:
@@ -222,7 +235,7 @@ class RequestReader:
         if not claims:
             return 0
         peer = scope["client"][0] if scope.get("client") else ""
-        if _is_trusted(peer, self._trusted):
+        if is_trusted(peer, self._trusted):
             claims = [name for name in claims if name not in self._forwarded_identity]
         for name in claims:
             del presented[name]
@@ -262,21 +275,18 @@ class RequestReader:
             raise Refusal(400, "A request has exactly one Host header.", close=True)
         return self._hosts.check(values[0])
 
-    def _refuse_other_sites(self, noted: dict[bytes, list[bytes]]) -> None:
-        """A page of another site must not change anything through a browser that can reach the proxy.
+    def _is_foreign(self, noted: dict[bytes, list[bytes]]) -> bool:
+        """Whether a page of another site sent this: by fetch metadata or by Origin, whichever says so.
 
-        Fetch metadata decides where the browser sends it, else Origin, which must be the proxy's own (OWASP's
-        cross-site request forgery cheat sheet). Callers that are no browsers send neither.
+        Callers that are no browsers send neither (OWASP's cross-site request forgery cheat sheet).
         """
-        sites = noted.get(b"sec-fetch-site")
-        if sites is not None:
-            own = all(site in (b"same-origin", b"none") for site in sites)
-        else:
-            own = all(origin.lower() in self._own_origins(noted[b"host"][0]) for origin in noted[b"origin"])
-        if not own:
-            raise Refusal(
-                403, "A page of another site sent this request. Open the proxy's own address instead.", close=True
-            )
+        if any(site not in (b"same-origin", b"none") for site in noted.get(b"sec-fetch-site", ())):
+            return True
+        origins = noted.get(b"origin")
+        if origins is None:
+            return False
+        own = self._own_origins(noted[b"host"][0])
+        return any(origin.lower() not in own for origin in origins)
 
     def _own_origins(self, host: bytes) -> tuple[bytes, ...]:
         lowered = host.lower()
@@ -315,6 +325,7 @@ class AllowedHosts:
             raise Refusal(
                 421,
                 f"This proxy does not answer for the host {name!r}. Its operator can add it to server.allowed_hosts.",
+                detail="the host is not one of server.allowed_hosts",
             )
         if len(self._known) < 256:
             self._known[value] = name
@@ -328,7 +339,7 @@ def forwarded_client(
 
     The address is the rightmost one that is not a trusted proxy's: what stands left of it, anybody may have written.
     """
-    if not _is_trusted(peer, trusted):
+    if not is_trusted(peer, trusted):
         return peer, scheme
     hops: list[str] = []
     for name, value in headers:
@@ -342,7 +353,7 @@ def forwarded_client(
         if not _is_address(hop):
             break
         client = hop
-        if not _is_trusted(hop, trusted):
+        if not is_trusted(hop, trusted):
             break
     return client, scheme
 
@@ -361,7 +372,8 @@ def _is_address(text: str) -> bool:
     return True
 
 
-def _is_trusted(text: str, trusted: list[Network]) -> bool:
+def is_trusted(text: str, trusted: list[Network]) -> bool:
+    """Whether an address is one of trusted proxies."""
     if not _is_address(text):
         return False
     address = ip_address(text)

@@ -40,7 +40,7 @@ class Routes:
             if path == "/t":
                 raise self.unknown("", visible)
             if self._default is None:
-                raise Refusal(404, f"There is no default target.{self._choices(visible)}")
+                raise Refusal(404, f"There is no default target.{self._choices(visible)}", detail="no default target")
             return Route(self._default, "", path)
         name, slash, rest = path[len(PREFIX) :].partition("/")
         target = self._named.get(name)
@@ -53,7 +53,7 @@ class Routes:
 
     def unknown(self, name: str, visible: Visible) -> Refusal:
         """The answer to a name that is no target's, with those that the caller may know of."""
-        return Refusal(404, f"There is no target {name!r}.{self._choices(visible)}")
+        return Refusal(404, f"There is no target {name!r}.{self._choices(visible)}", detail="no such target")
 
     def by_name(self, name: str, visible: Visible) -> Target:
         """A target by its name. Raises Refusal 404."""

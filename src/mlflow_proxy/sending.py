@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Iterable
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from mlflow_proxy import retries
@@ -89,9 +89,7 @@ class Sender:
         line = self._lines[target.name]
         record.step("sign")
         if session is not None:
-            pending = self._credentials.obtain(target, session)
-            if pending is not None:
-                await _obtained(target, pending)
+            await self.prepare(target, session)
         attempt, corrected = 0, False
         give_up = time.perf_counter() + self._upstream.first_byte_timeout
         while True:
@@ -123,6 +121,15 @@ class Sender:
             attempt += 1
             record.retries += 1
             await asyncio.sleep(pause)
+
+    async def prepare(self, target: Target, session: RoleSession) -> None:
+        """Wait until there are credentials of a caller's role session. Raises Refusal 503."""
+        pending = self._credentials.obtain(target, session)
+        if pending is not None:
+            try:
+                await pending
+            except CredentialsUnavailable as unavailable:
+                raise _no_credentials(target, unavailable) from None
 
     def _note(self, target: Target, answer: Answer, session: RoleSession | None) -> None:
         if session is not None and answer.status == 403:
@@ -244,14 +251,6 @@ class Sender:
         except CredentialsUnavailable as unavailable:
             logger.warning("credentials for %s could not be renewed: %s", line.target.name, unavailable)
             return False
-
-
-async def _obtained(target: Target, pending: Awaitable[None]) -> None:
-    """Wait for the credentials of a caller's role session. Raises Refusal."""
-    try:
-        await pending
-    except CredentialsUnavailable as unavailable:
-        raise _no_credentials(target, unavailable) from None
 
 
 def _no_credentials(target: Target, unavailable: CredentialsUnavailable) -> Refusal:

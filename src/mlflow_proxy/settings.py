@@ -171,6 +171,7 @@ class Upstream(Section):
     retries: int = Field(2, ge=0, le=5, description="Further attempts, where repeating is surely safe.")
     proxy: str | None = Field(
         None,
+        repr=False,  # it may hold a password
         description="HTTP proxy on the way out, `http://[user:password@]host:port`. The environment's is ignored.",
     )
 
@@ -233,6 +234,13 @@ class Access(Section):
         ):
             raise ValueError("is not a secret's ARN; write arn:aws:secretsmanager:<region>:<account>:secret:<name>")
         return value
+
+
+# What tokens may be signed with: all with a public key. With a shared secret or none at all, whoever can check a token
+# could make one: never, whatever is configured.
+SIGNATURE_ALGORITHMS = frozenset(
+    {"RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"}
+)
 
 
 class Oidc(Section):
@@ -353,6 +361,7 @@ class LimitSettings(Section):
     )
     storage: str | None = Field(
         None,
+        repr=False,  # it may hold a password
         description="`redis://…`, `rediss://…`, `valkey://…` or `valkeys://…` that many instances share. "
         "Default: in memory, each worker its share.",
     )

@@ -49,7 +49,7 @@ class Source(NamedTuple):
         deadline = time.monotonic() + DOCUMENT_DEADLINE
         with requests.Session() as session:
             session.trust_env = False
-            session.verify = self.ca_bundle or _system_cas()
+            session.verify = self.ca_bundle or system_cas()
             if self.proxy and not is_loopback(host):
                 session.proxies = {"http": self.proxy, "https": self.proxy}
             headers = {"Accept": accept, "Accept-Encoding": "identity", "User-Agent": "mlflow-proxy"}
@@ -112,7 +112,7 @@ def _read(url: str, response: requests.Response, deadline: float) -> bytes:
     return bytes(body)
 
 
-def _system_cas() -> str | bool:
+def system_cas() -> str | bool:
     """Where OpenSSL looks, like for SageMaker; the library's own list only where the system has none."""
     paths = ssl.get_default_verify_paths()
     return paths.cafile or paths.capath or True

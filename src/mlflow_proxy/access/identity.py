@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 from collections.abc import Awaitable
 from typing import NamedTuple
 from urllib.parse import quote
@@ -28,14 +29,15 @@ from mlflow_proxy.access.oidc import TokenVerifier
 from mlflow_proxy.access.session import Sessions
 from mlflow_proxy.errors import Refusal
 from mlflow_proxy.limits import Limits
-from mlflow_proxy.requests import Request
-from mlflow_proxy.settings import Settings
+from mlflow_proxy.requests import Request, is_trusted
+from mlflow_proxy.settings import Network, Settings
 from mlflow_proxy.telemetry.metrics import Metrics
 from mlflow_proxy.telemetry.record import Record
 
 SIGN_IN = "/-/sign-in"
 KEY_PREFIX = "mlp_"
 _REALM = "mlflow-proxy"
+_API = re.compile(r"(/t/[^/]*)?/(ajax-)?api/")
 _MESSAGE = (
     "This proxy does not know you. Show an API key or a token as Authorization: Bearer …, or give it to an MLflow "
     "client in MLFLOW_TRACKING_TOKEN."
@@ -75,10 +77,11 @@ def forwarded_identity(settings: Settings) -> frozenset[bytes]:
 class Identity:
     """Identifies the callers of one worker."""
 
-    def __init__(self, ways: Ways, limits: Limits, metrics: Metrics, *, sign_in: bool) -> None:
+    def __init__(self, ways: Ways, limits: Limits, metrics: Metrics, *, trusted: list[Network], sign_in: bool) -> None:
         self._ways = ways
         self._limits = limits
         self._metrics = metrics
+        self._trusted = trusted
         self._sign_in = sign_in
         self._anyone = not any(ways)
         self._challenges = _challenges(ways, sign_in=sign_in)
@@ -103,16 +106,15 @@ class Identity:
             record.caller, record.way = ANONYMOUS.subject, ANONYMOUS.way
             return ANONYMOUS
         if request.presented:
-            pending = self._limits.check_failures(request.client)
-            if pending is not None:
-                await pending
+            self._limits.check_failures(request.client)
             try:
                 caller = await self._recognised(request, record)
             except Unauthenticated as failure:
                 self._metrics.auth_failure(_way_shown(request))
-                pending = self._limits.add_failure(request.client)
-                if pending is not None:
-                    await pending
+                if not is_trusted(request.client, self._trusted):  # behind whose address are all its callers
+                    pending = self._limits.add_failure(request.client)
+                    if pending is not None:
+                        await pending
                 raise self._unknown(request, failure.reason) from None
             if caller is not None:
                 record.caller, record.way, record.credential = caller.subject, caller.way, caller.credential
@@ -158,13 +160,18 @@ class Identity:
 
     def _unknown(self, request: Request, reason: str) -> Refusal:
         """A browser that wants a page is sent to sign in; everybody else gets 401, always the same."""
-        if self._sign_in and request.navigates and b"authorization" not in request.presented:
+        if self._sign_in and request.navigates and _may_be_a_person(request):
             target = request.path + (f"?{request.query}" if request.query else "")
             location = f"{SIGN_IN}?next={quote(target, safe='')}"
             return Refusal(
                 303, "Sign in first.", error_code="REDIRECT", headers=[("location", location)], detail=reason
             )
         return Refusal(401, _MESSAGE, headers=self._challenges, detail=f"not identified: {reason}")
+
+
+def _may_be_a_person(request: Request) -> bool:
+    """A program that shows something else than a cookie, or asks the API, is never sent to sign in."""
+    return request.presented.keys() <= {b"cookie"} and not _API.match(request.path)
 
 
 def _challenges(ways: Ways, *, sign_in: bool) -> list[tuple[str, str]]:

@@ -11,8 +11,8 @@ import math
 import re
 import secrets
 import string
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from hashlib import sha256
 from typing import Any
@@ -63,6 +63,15 @@ class Key:
             return -math.inf
         return min((end.timestamp() for end in (self.expires, self.ends) if end is not None), default=math.inf)
 
+    def restricted_by(self, other: Key) -> Key:
+        """This key, over as soon as either of the two is; all else stays as it is here."""
+        return replace(
+            self,
+            expires=_earlier(self.expires, other.expires),
+            ends=_earlier(self.ends, other.ends),
+            revoked=_earlier(self.revoked, other.revoked),
+        )
+
     def state(self, now: float) -> str:
         """`active`, `ends` (after a rotation), `expired` or `revoked`."""
         if self.revoked is not None:
@@ -83,6 +92,10 @@ class Key:
             "expires": show_time(self.expires) if self.expires else None,
             **{name: show_time(value) for name, value in optional.items() if value is not None},
         }
+
+
+def _earlier(one: datetime | None, other: datetime | None) -> datetime | None:
+    return min((time for time in (one, other) if time is not None), default=None)
 
 
 def make_key(
@@ -129,6 +142,15 @@ def parse_keys(text: bytes) -> dict[str, Key]:
         if len(found) > KEYS_MAX:
             raise KeysError(f"line {number}: more than {KEYS_MAX} keys; remove those that are revoked or expired")
     return found
+
+
+def usable_lines(text: bytes) -> Iterator[Key]:
+    """The keys of those lines that can be used, whatever the others are; an id may come twice."""
+    for line in io.BytesIO(text):
+        try:
+            yield _parse_line(line)
+        except KeysError:
+            continue
 
 
 def _parse_line(line: bytes) -> Key:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
+import math
 import random
 import secrets
 import stat
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mlflow_proxy.access.caller import Caller, Unauthenticated
-from mlflow_proxy.access.key_record import KEY, TEXT_MAX, Key, KeysError, parse_keys
+from mlflow_proxy.access.key_record import KEY, TEXT_MAX, Key, KeysError, parse_keys, usable_lines
 from mlflow_proxy.access.key_secret import SecretMissing, fetch_secret
 from mlflow_proxy.settings import Access, Aws
 
@@ -30,6 +31,9 @@ from mlflow_proxy.settings import Access, Aws
 _FILE_INTERVAL = 1.0
 _START_DEADLINE = 35.0
 _FIRST_RETRY = 2.0
+# So long keys count on while their source cannot be read: what was revoked meanwhile is not known.
+_FILE_GRACE = 300.0
+_SECRET_GRACE = 3600.0
 
 logger = logging.getLogger(__name__)
 
@@ -58,11 +62,14 @@ class KeyRing:
         self._clashes: frozenset[str] = frozenset()
         if access.keys_file is not None:
             name = f"access.keys_file {access.keys_file}"
-            self._sources.append(_Source(name, _FileReader(access.keys_file).read, _FILE_INTERVAL, self._changed))
+            self._add(name, _FileReader(access.keys_file).read, _FILE_INTERVAL, _FILE_GRACE)
         if access.keys_secret is not None:
             name = f"access.keys_secret {access.keys_secret}"
             read = _SecretReader(partial(fetch_secret, access.keys_secret, aws, proxy=proxy)).read
-            self._sources.append(_Source(name, read, access.keys_refresh, self._changed))
+            self._add(name, read, access.keys_refresh, _SECRET_GRACE)
+
+    def _add(self, name: str, read: Callable[[], bytes | None], interval: float, grace: float) -> None:
+        self._sources.append(_Source(name, read, interval, grace, clock=self._clock, changed=self._changed))
 
     async def start(self) -> None:
         """Load the keys, then watch for changes. A source that cannot be read is logged and holds no keys, for now."""
@@ -82,14 +89,18 @@ class KeyRing:
             raise Unauthenticated("what was shown is not an API key")
         key_id = match[1]
         held = _NOBODY
+        counts_until = math.inf
         for source in self._sources:
             found = source.held.get(key_id)
             if found is not None:
-                held = found
+                held, counts_until = found, source.counts_until
                 break
         right = hmac.compare_digest(sha256(key.encode()).digest(), held.digest)
-        if right and self._clock() < held.valid_until:
-            return held.caller
+        now = self._clock()
+        if right and now < held.valid_until:
+            if now < counts_until:
+                return held.caller
+            raise Unauthenticated(f"API key {key_id} does not count: its source could not be read for too long")
         raise Unauthenticated(_refusal(key_id, held, right=right))
 
     def _changed(self) -> None:
@@ -122,12 +133,22 @@ class _Source:
     """One place that keys come from, the keys that it held last, and the thread that looks."""
 
     def __init__(
-        self, name: str, read: Callable[[], bytes | None], interval: float, changed: Callable[[], None]
+        self,
+        name: str,
+        read: Callable[[], bytes | None],
+        interval: float,
+        grace: float,
+        *,
+        clock: Callable[[], float],
+        changed: Callable[[], None],
     ) -> None:
         self.held: Mapping[str, _Held] = {}  # replaced as a whole, so that readers need no lock
+        self.counts_until = math.inf  # by the clock; finite from the begin of a look until one has succeeded
         self._name = name
         self._read = read  # gives None while nothing has changed
         self._interval = interval
+        self._grace = grace
+        self._clock = clock
         self._changed = changed
         self._stopped = threading.Event()
         self._looked: Future[None] = Future()
@@ -156,8 +177,11 @@ class _Source:
         return float(min(self._interval, retry) * random.uniform(0.9, 1.1))  # noqa: S311
 
     def _look(self) -> None:
+        if self.counts_until == math.inf:  # before the look, which may hang for ever
+            self.counts_until = self._clock() + self._grace
         try:
             text = self._read()
+            self.counts_until = math.inf
             if text is not None:
                 self._take(text)
         except (_Missing, SecretMissing) as missing:
@@ -170,14 +194,37 @@ class _Source:
         else:
             self._failed = 0
             self._missing = False
+        if self.held and self._clock() >= self.counts_until:
+            self.held = {}
+            logger.error("%s: not read for %.0f s, so no key of it counts any more", self._name, self._grace)
+            self._changed()
 
     def _take(self, text: bytes) -> None:
-        """Hold the keys in a new text. Raises KeysError, and changes nothing, if one of them cannot be used."""
+        """Hold the keys in a new text. Raises KeysError if one of them cannot be used; then keys can only end."""
         self._complaint = ""
         before = self.held
-        self.held = {key.id: _hold(key, before.get(key.id)) for key in parse_keys(text).values()}
+        try:
+            keys = parse_keys(text)
+        except KeysError:
+            self._restrict(text)
+            raise
+        self.held = {key.id: _hold(key, before.get(key.id)) for key in keys.values()}
         logger.info("%s: API keys: %d", self._name, len(self.held))
         self._changed()
+
+    def _restrict(self, text: bytes) -> None:
+        """Revoke and end those held keys of which a usable line of a broken text says so; all else is left."""
+        ended: dict[str, _Held] = {}
+        for key in usable_lines(text):
+            held = ended.get(key.id) or self.held.get(key.id)
+            if held is not None and held.key is not None:
+                restricted = held.key.restricted_by(key)
+                if restricted.valid_until < held.valid_until:
+                    ended[key.id] = _hold(restricted, held)
+        if ended:
+            self.held = {**self.held, **ended}
+            listed = ", ".join(sorted(ended))
+            logger.warning("%s: lines that can be used revoke or end the API keys %s", self._name, listed)
 
     def _lose(self, reason: str) -> None:
         """Drop all keys if the source was missing at the last look, too."""

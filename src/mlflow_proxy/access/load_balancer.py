@@ -62,7 +62,6 @@ class LoadBalancerIdentity:
         self,
         options: LoadBalancer,
         *,
-        ca_bundle: str | None = None,
         proxy: str | None = None,
         clock: Callable[[], float] = time.time,
         uptime: Callable[[], float] = time.monotonic,
@@ -77,7 +76,7 @@ class LoadBalancerIdentity:
         self._clock = clock
         self._verified = Verified()
         endpoint = options.key_endpoint or default_key_endpoint(options.arn)
-        self._keys = _Keys(endpoint, Source(ca_bundle, proxy), uptime)
+        self._keys = _Keys(endpoint, Source(proxy=proxy), uptime)
 
     async def start(self) -> None:
         """Nothing to do: which keys are needed, the first requests tell."""

@@ -10,13 +10,15 @@ from urllib.parse import SplitResult, urlsplit
 
 from mlflow_proxy.access import actions
 from mlflow_proxy.access.policy import EXPLICIT_PREFIX, OWN_PREFIX, UNKNOWN_PREFIX, Patterns
+from mlflow_proxy.settings import SIGNATURE_ALGORITHMS
 from mlflow_proxy.telemetry.audit import problem_with
 
 Table = Mapping[str, Any]
 
-ALGORITHMS = frozenset({"RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"})
 _OWN_ACTIONS = (f"{OWN_PREFIX}GetReadiness", f"{OWN_PREFIX}GetMetrics")
 _LINK_ACTIONS = (f"{EXPLICIT_PREFIX}MlflowTrackingServerUrl", f"{EXPLICIT_PREFIX}MlflowAppUrl")
+# What the route is called; each request needs the actions of its fields instead.
+_BY_BODY = "GraphQL"
 _STORAGES = ("redis", "rediss", "valkey", "valkeys")
 _LEAST_SECRET = 32
 _HEADERS = ("subject_header", "issuer_header", "verify_header")
@@ -78,7 +80,16 @@ def _identity_problems(data: Table) -> Iterator[str]:
     for option in ("issuer_header", "verify_header", "issuers"):
         if certificates.get(option) and not certificates.get("subject_header"):
             yield f"certificates.{option}: counts only with subject_header; add that or remove this"
-    yield from _url("load_balancer.key_endpoint", _table(data, "load_balancer").get("key_endpoint"))
+    yield from _load_balancer_problems(_table(data, "load_balancer"), _table(data, "oidc").get("issuer"))
+
+
+def _load_balancer_problems(load_balancer: Table, oidc_issuer: Any) -> Iterator[str]:
+    yield from _url("load_balancer.key_endpoint", load_balancer.get("key_endpoint"))
+    if load_balancer.get("arn") and oidc_issuer and load_balancer.get("issuer") != oidc_issuer:
+        yield (
+            "load_balancer.issuer: must be oidc.issuer, for both ways call people user:<claim>, and one provider's "
+            "user could pass for another's; make the two equal, or leave one way out"
+        )
 
 
 def _oidc_problems(oidc: Table) -> Iterator[str]:
@@ -95,8 +106,9 @@ def _oidc_problems(oidc: Table) -> Iterator[str]:
     if oidc.get("algorithms") == []:
         yield "oidc.algorithms: is empty, so no token would count; leave it out, or name some"
     for algorithm in _list(oidc.get("algorithms")):
-        if isinstance(algorithm, str) and algorithm not in ALGORITHMS:
-            yield f"oidc.algorithms: {algorithm!r} is not one that counts; there are {', '.join(sorted(ALGORITHMS))}"
+        if isinstance(algorithm, str) and algorithm not in SIGNATURE_ALGORITHMS:
+            choices = ", ".join(sorted(SIGNATURE_ALGORITHMS))
+            yield f"oidc.algorithms: {algorithm!r} is not one that counts; there are {choices}"
     yield from _file("oidc.ca_bundle", oidc.get("ca_bundle"))
 
 
@@ -118,7 +130,7 @@ def _sign_in_problems(data: Table) -> Iterator[str]:
 
 
 def _role_problems(roles: list[Table], targets: list[Any]) -> Iterator[str]:
-    known = (*actions.NAMES, *_OWN_ACTIONS, *_LINK_ACTIONS)
+    known = (*(name for name in actions.NAMES if name != _BY_BODY), *_OWN_ACTIONS, *_LINK_ACTIONS)
     choices = ", ".join(map(str, targets)) or "none"
     names = [role.get("name") for role in roles]
     for name in sorted({name for name in names if isinstance(name, str) and names.count(name) > 1}):

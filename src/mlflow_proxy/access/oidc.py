@@ -13,11 +13,8 @@ from mlflow_proxy.access.caller import Caller, Unauthenticated, Way
 from mlflow_proxy.access.claims import ClaimRules, check_times, is_name
 from mlflow_proxy.access.provider_keys import ProviderKeys
 from mlflow_proxy.access.tokens import Token, Verified, algorithm, digest, is_signed_by, parse, short_name, shown
-from mlflow_proxy.settings import Oidc
+from mlflow_proxy.settings import SIGNATURE_ALGORITHMS, Oidc
 
-# All with a public key. With a shared secret or none at all, whoever can check a token could make one: never, whatever
-# is configured.
-ALGORITHMS = frozenset({"RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"})
 _ACCESS_TYPES = frozenset({"jwt", "at+jwt"})
 _ID_TYPES = frozenset({"jwt"})
 
@@ -40,7 +37,7 @@ class TokenVerifier:
             raise ValueError("oidc.issuer is required")
         self._issuer = oidc.issuer
         self._audience = frozenset(oidc.audience)
-        self._algorithms = ALGORITHMS.intersection(oidc.algorithms)
+        self._algorithms = SIGNATURE_ALGORITHMS.intersection(oidc.algorithms)
         self._leeway = oidc.leeway
         self._rules = ClaimRules(oidc.user_claim, oidc.groups_claim, oidc.required_claims)
         self._clock = clock
@@ -94,6 +91,10 @@ class TokenVerifier:
     def caller_of(self, claims: Mapping[str, Any], *, way: Way, credential: str) -> Caller:
         """The caller whom verified claims name, by the configured names of claims. Raises Unauthenticated."""
         return self._rules.caller(claims, way=way, credential=credential)
+
+    async def ready(self) -> None:
+        """Wait for the first fetch of the provider's keys. Raises Refusal 503, whose detail has the reason."""
+        await self._keys.ready()
 
     async def metadata(self) -> Mapping[str, Any]:
         """The provider's discovery document. Raises Refusal 503 if it cannot be had."""

@@ -10,14 +10,14 @@ from mlflow_proxy.access.policy import OWN_PREFIX
 class OwnPage(NamedTuple):
     """A page: its `route` for the log, and the `action` that a role must allow.
 
-    `stranger`: it is for those who are not identified yet. An empty action means that any role will do, or that the
-    page judges by itself, as those do that are about one target.
+    `stranger`: it is for those who are not identified yet. `is_link`: the page makes a link to one target's UI, and
+    the action is that target's. Otherwise an empty action means that any role will do.
     """
 
     route: str
     action: str = ""
     stranger: bool = False
-    writes: bool = False
+    is_link: bool = False
 
 
 _PAGES = {
@@ -29,11 +29,12 @@ _PAGES = {
     "/-/signed-in": OwnPage("/-/signed-in", stranger=True),
     "/-/sign-out": OwnPage("/-/sign-out", stranger=True),
 }
-_UI = "/-/ui/"
-_LINK = OwnPage(f"{_UI}{{target}}", writes=True)
+# Presigned links: the target's name follows.
+LINKS = "/-/ui/"
+_LINK = OwnPage(f"{LINKS}{{target}}", is_link=True)
 _NONE = OwnPage("/-/unknown")
 
 
 def own_page(path: str) -> OwnPage:
     """The page at a canonical path below `/-/`."""
-    return _PAGES.get(path) or (_LINK if path.startswith(_UI) else _NONE)
+    return _PAGES.get(path) or (_LINK if path.startswith(LINKS) else _NONE)

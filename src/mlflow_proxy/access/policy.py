@@ -69,6 +69,9 @@ class Role:
         self._targets = Patterns(settings.targets)
         self._allow = Patterns(settings.allow)
         self._allow_explicit = Patterns(one for one in settings.allow if one.startswith(EXPLICIT_PREFIX))
+        # Metrics and readiness are of all targets; a role that is for some has to name them.
+        self._allow_own = Patterns(one for one in settings.allow if one.startswith(OWN_PREFIX))
+        self._all_targets = "*" in self._targets
         self._deny = Patterns(settings.deny)
 
     def is_of(self, caller: Caller) -> bool:
@@ -89,6 +92,8 @@ class Role:
             return "*" in self._allow
         if action.startswith(EXPLICIT_PREFIX):
             return self._allow_explicit.match(action)
+        if action.startswith(OWN_PREFIX) and not self._all_targets:
+            return self._allow_own.match(action)
         return self._allow.match(action)
 
     def denies(self, action: str) -> bool:
@@ -153,6 +158,8 @@ class Policy:
         known = self._decided.get(key)
         if known is None:
             known = self._judge(caller, target, actions)
+            if len(actions) > 1 or actions[0].startswith(UNKNOWN_PREFIX):
+                return known  # callers choose these, and they may be long: remembering them would only cost memory
             if len(self._decided) >= _MOST_REMEMBERED:
                 self._decided.clear()
                 self._sessions.clear()

@@ -119,10 +119,14 @@ class ProviderKeys:
         if self._current is None:
             raise self._unavailable()
 
-    async def metadata(self) -> Mapping[str, Any]:
-        """The discovery document. Raises Refusal 503 if it was never to be had."""
+    async def ready(self) -> None:
+        """Wait until there are keys. Raises Refusal 503 if the first fetch fails."""
         if self._current is None:
             await self.renew()
+
+    async def metadata(self) -> Mapping[str, Any]:
+        """The discovery document. Raises Refusal 503 if it was never to be had."""
+        await self.ready()
         if self._current is None or not self._current.metadata:
             raise self._unavailable()
         return self._current.metadata

@@ -99,6 +99,13 @@ class Limits:
         if self._caller_rates:
             name = _name(caller.subject)
             counted = (*[Counted(self._callers, rate, name) for rate in self._caller_rates], *counted)
+        return self._take(counted)
+
+    def check_role(self, role: str | None) -> Awaitable[None] | None:
+        """The same for a role alone, where it was not known yet when the rest was counted."""
+        return self._take(self._shared[role, OWN_PAGES])
+
+    def _take(self, counted: tuple[Counted, ...]) -> Awaitable[None] | None:
         if not counted:
             return None
         if self._storage is not None and not self._storage.away:
@@ -140,10 +147,9 @@ class Limits:
         """Give a place back. `throttled`: SageMaker said so, at least once; `answered`: there was any other answer."""
         self._places[target].leave(throttled=throttled, answered=answered)
 
-    def check_failures(self, address: str) -> Awaitable[None] | None:
+    def check_failures(self, address: str) -> None:
         """Raises Refusal 429 if too many authentications from `address` failed. Ask before looking at credentials."""
         self._failures.check(address)
-        return None
 
     def add_failure(self, address: str) -> Awaitable[None] | None:
         """Count a failed authentication: credentials were shown and did not identify anybody. Never raises."""

@@ -18,6 +18,7 @@ from mlflow_proxy.access.session import Sessions
 from mlflow_proxy.aws.credentials import CredentialStore
 from mlflow_proxy.errors import Refusal
 from mlflow_proxy.portal import pages, ui
+from mlflow_proxy.portal.places import DEADLINE, MOST_WAITING, Places
 from mlflow_proxy.readiness import Readiness
 from mlflow_proxy.routing import Routes
 from mlflow_proxy.runtime import Runtime
@@ -25,9 +26,8 @@ from mlflow_proxy.settings import Settings
 from mlflow_proxy.telemetry.audit import AuditLog
 from mlflow_proxy.telemetry.record import Record
 
-# Pages wait for AWS at the most this long, in seconds; there are few threads.
-DEADLINE = 30.0
-_THREADS = 8
+# More than may wait: the others are for metrics, readiness and the overview.
+_THREADS = 2 * MOST_WAITING
 
 # The key of the ASGI scope that holds the Visit.
 VISIT = "mlflow_proxy.visit"
@@ -64,16 +64,20 @@ class Portal:
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
         self._loop = asyncio.get_running_loop()
+        self.place = Places().place
         wsgi: Any = _flask(self)
         self.asgi: Any = WSGIMiddleware(wsgi, workers=_THREADS)
 
-    def in_loop(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine in the event loop and wait for it, from a page's thread. Raises Refusal 504 when late."""
-        future = asyncio.run_coroutine_threadsafe(asyncio.wait_for(work, DEADLINE), self._loop)
+    def in_loop(self, work: Coroutine[Any, Any, T], deadline: float = DEADLINE) -> T:
+        """Run a coroutine in the event loop and wait for it, from a page's thread, for `deadline` seconds.
+
+        What may wait for others must hold a `place`. Raises Refusal 504 when late.
+        """
+        future = asyncio.run_coroutine_threadsafe(asyncio.wait_for(work, deadline), self._loop)
         try:
             return future.result()
         except TimeoutError:
-            raise Refusal(504, f"There was no answer within {DEADLINE:g} s. Try again.") from None
+            raise Refusal(504, f"There was no answer within {deadline:g} s. Try again.") from None
 
 
 def _flask(portal: Portal) -> Flask:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import logging
 import re
-import ssl
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlencode, urlsplit
 
 import requests
 
+from mlflow_proxy.access.fetch import system_cas
 from mlflow_proxy.settings import Oidc, is_loopback
 
 logger = logging.getLogger(__name__)
@@ -33,14 +33,18 @@ _PASSING = frozenset({"temporarily_unavailable", "server_error"})
 
 
 class SignInFailed(Exception):
-    """A sign-in that comes to nothing. `title` and `advice` are for the person, `reason` for log and audit."""
+    """A sign-in that comes to nothing. `title` and `advice` are for the person, `reason` for log and audit.
 
-    def __init__(self, status: int, title: str, advice: str, *, reason: str) -> None:
+    `retry_after` is in seconds.
+    """
+
+    def __init__(self, status: int, title: str, advice: str, *, reason: str, retry_after: int | None = None) -> None:
         super().__init__(reason)
         self.status = status
         self.title = title
         self.advice = advice
         self.reason = reason
+        self.retry_after = retry_after
 
 
 class Provider:
@@ -130,7 +134,7 @@ class Provider:
             token_endpoint_auth_method="client_secret_post" if secret and only_post else None,
         )
         client.trust_env = False
-        client.verify = str(self._oidc.ca_bundle) if self._oidc.ca_bundle else _system_cas()
+        client.verify = str(self._oidc.ca_bundle) if self._oidc.ca_bundle else system_cas()
         if self._proxy and not is_loopback(urlsplit(_endpoint(metadata, "token_endpoint")).hostname or ""):
             client.proxies = {"http": self._proxy, "https": self._proxy}
         return client
@@ -173,9 +177,3 @@ def _endpoint(metadata: Mapping[str, Any], name: str) -> str:
     if parts.scheme != "https" and not is_loopback(parts.hostname or ""):
         raise _misconfigured(f"the provider's {name} is not an https URL")
     return url
-
-
-def _system_cas() -> str | bool:
-    """Where OpenSSL looks; the library's own list only where the system has none."""
-    paths = ssl.get_default_verify_paths()
-    return paths.cafile or paths.capath or True

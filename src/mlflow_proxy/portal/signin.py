@@ -22,7 +22,8 @@ from mlflow_proxy.access.caller import Caller, Unauthenticated
 from mlflow_proxy.access.seal import LARGEST_COOKIE, cookie_value
 from mlflow_proxy.access.session import ATTRIBUTES, SessionTooLarge
 from mlflow_proxy.errors import Refusal
-from mlflow_proxy.portal.provider import OPERATOR, SIGN_OUT, Provider, SignInFailed, invalid, unreachable
+from mlflow_proxy.portal.places import DEADLINE, Busy
+from mlflow_proxy.portal.provider import OPERATOR, SIGN_OUT, TRY_AGAIN, Provider, SignInFailed, invalid, unreachable
 from mlflow_proxy.settings import is_loopback
 from mlflow_proxy.targets import parse_endpoint
 
@@ -36,6 +37,8 @@ STATE_COOKIE = "__Host-mlflow-proxy-signin"
 HINT_COOKIE = "__Secure-mlflow-proxy-id-token"
 _HINT_ATTRIBUTES = ATTRIBUTES.replace("Path=/", f"Path={SIGN_OUT}")
 
+# Seconds to wait for discovery, whose answer is mostly at hand: strangers can ask for it.
+_DISCOVERY_DEADLINE = 10.0
 # Seconds that somebody has for the provider's pages.
 _MOST_SECONDS = 600
 # A path of this proxy, in printable ASCII: no second slash and no backslash, which browsers take for one, may make it
@@ -77,6 +80,7 @@ class _Flow:
         if parts.sessions is None or parts.tokens is None or settings.oidc.client_id is None:
             raise ValueError("sign-in needs oidc.issuer and oidc.client_id")
         self._in_loop = portal.in_loop
+        self._place = portal.place
         self._sessions = parts.sessions
         self._tokens = parts.tokens
         self._audit = parts.audit
@@ -125,7 +129,7 @@ class _Flow:
         g.pending = pending
         code = self._provider.code(answer)
         work = self._identified(code, pending, self._base(), self._sessions.new_id())
-        id_token, caller = self._ask_provider(work)
+        id_token, caller = self._ask_provider(work, DEADLINE)
         if not self._sessions.use_once(pending.state, pending.begun + _MOST_SECONDS):
             raise SignInFailed(400, "This sign-in was used before", "Try again.", reason="the state was used before")
         return self._begin(caller, id_token, pending.next)
@@ -169,6 +173,8 @@ class _Flow:
         link = _sign_in_again(pending.next if pending else "/")
         answer = _notice(failure.title, failure.advice, link=link, request_id=g.request_id)
         answer.status_code = failure.status
+        if failure.retry_after is not None:
+            answer.headers["retry-after"] = str(failure.retry_after)
         if pending is not None:
             _forget_pending(answer)
         return answer
@@ -188,12 +194,18 @@ class _Flow:
         return pending if own and abs(time.time() - pending.begun) < _MOST_SECONDS else None
 
     def _metadata(self) -> Mapping[str, Any]:
-        return self._ask_provider(self._discovered())
+        return self._ask_provider(self._discovered(), _DISCOVERY_DEADLINE)
 
-    def _ask_provider(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run what talks to the provider in the event loop, for half a minute at the most."""
+    def _ask_provider(self, work: Coroutine[Any, Any, T], deadline: float) -> T:
+        """Run what talks to the provider in the event loop, for `deadline` seconds at the most."""
         try:
-            return self._in_loop(work)
+            with self._place():
+                return self._in_loop(work, deadline)
+        except Busy as busy:
+            work.close()
+            raise SignInFailed(
+                503, "Too many are waiting", TRY_AGAIN, reason=busy.message, retry_after=busy.retry_after
+            ) from None
         except Refusal as refusal:
             raise unreachable(f"the provider: {refusal.detail or refusal.message}") from None
 

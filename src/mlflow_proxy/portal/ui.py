@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+from functools import partial
 from typing import TYPE_CHECKING
 
 from flask import Blueprint, Response, g, jsonify, redirect, request
@@ -11,6 +11,8 @@ from mlflow_proxy.access.policy import link_action
 from mlflow_proxy.aws.credentials import CredentialsUnavailable
 from mlflow_proxy.aws.presign import presigned_url
 from mlflow_proxy.errors import Refusal
+from mlflow_proxy.portal.places import DEADLINE, MOST_WAITING
+from mlflow_proxy.threads import Threads
 
 if TYPE_CHECKING:
     from werkzeug.wrappers import Response as BaseResponse
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 def blueprint(portal: Portal) -> Blueprint:
     """The pages, bound to one worker's parts."""
     pages = Blueprint("ui", __name__, url_prefix="/-/ui")
+    # Of their own: calls that were given up may hang on, and must not hold the threads of the event loop.
+    threads = Threads("presigned-links", MOST_WAITING)
 
     @pages.before_request
     def _refuse_embedding() -> None:
@@ -67,12 +71,11 @@ def blueprint(portal: Portal) -> Blueprint:
             "link_expires": str(times["link_expires"]),
             "session_expires": str(times["session_expires"]),
         }
-        credentials = portal.in_loop(_credentials(target, decision.session))
-        return portal.in_loop(
-            asyncio.to_thread(
-                presigned_url, target, credentials, parts.settings.aws, proxy=parts.settings.upstream.proxy, **times
-            )
-        )
+        with portal.place():
+            credentials = portal.in_loop(_credentials(target, decision.session))
+            proxy = parts.settings.upstream.proxy
+            ask = partial(presigned_url, target, credentials, parts.settings.aws, proxy=proxy, **times)
+            return portal.in_loop(threads.run(ask, DEADLINE))
 
     async def _credentials(target: Target, session: RoleSession | None) -> Credentials:
         try:

@@ -30,6 +30,8 @@ _INTERVAL = 0.1
 _WHOLE = 1 << 20
 # Of what a caller chose, so much is written.
 _LONGEST = 256
+# Of an error, which may repeat what a caller or a service sent.
+_LONGEST_ERROR = 500
 # What would end a line or steer a terminal, and what cannot be encoded.
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _TEXT = (
@@ -138,7 +140,7 @@ class Record:
             f'"upstream_ms": {round(self.upstream_seconds * 1000, 2)}, '
             f'"upstream_request_id": {json.dumps(ids) if ids else _EMPTY}, "retries": {self.retries}, '
             f'"limit": {json.dumps(self.limit) if self.limit else _EMPTY}'
-            f"{f', {_ERROR}: {json.dumps(self.error)}' if self.error else ''}}}"
+            f"{f', {_ERROR}: {json.dumps(cut_error(self.error))}' if self.error else ''}}}"
         )
 
     def fields(self) -> dict[str, str | int | float]:
@@ -163,7 +165,7 @@ class Record:
             "limit": self.limit,
         }
         if self.error:
-            fields["error"] = self.error
+            fields["error"] = cut_error(self.error)
         return fields
 
 
@@ -183,6 +185,16 @@ def timestamp() -> str:
 def cut(text: str) -> str:
     """A text that a caller chose, at most 256 characters of it, and an ellipsis if there was more."""
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
+
+
+def cut_error(text: str) -> str:
+    """Why something failed, at most 500 characters of it, and an ellipsis if there was more."""
+    return text if len(text) <= _LONGEST_ERROR else f"{text[:_LONGEST_ERROR]}…"
+
+
+def quoted(text: str) -> str:
+    """What `json.dumps` gives, at once for texts that repeat."""
+    return _quoted(text) if len(text) <= _LONGEST else json.dumps(text)
 
 
 @lru_cache(maxsize=4)
@@ -289,6 +301,6 @@ def _undivided(stream: TextIO) -> int:
 def _text_line(record: Record) -> str:
     fields = {name: "-" if value == "" else value for name, value in record.fields().items()}
     line = _TEXT.format(**fields)
-    for more in (record.limit, record.error):
+    for more in (record.limit, cut_error(record.error)):
         line = f"{line}  {more}" if more else line
     return _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], line)
