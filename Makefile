@@ -9,10 +9,10 @@ PORT ?= 8080
 UV := .venv/bin/uv
 export UV_NO_PROGRESS ?= 1
 
-.PHONY: help demo test bench lint types format lock compat clean
+.PHONY: help demo test test-infra bench lint types format lock compat clean
 
 help: ## show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | while IFS=$$'\t' read -r t d; do printf '  make %-8s %s\n' "$$t" "$$d"; done
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | while IFS=$$'\t' read -r t d; do printf '  make %-10s %s\n' "$$t" "$$d"; done
 
 demo: .venv/.local ## the proxy on http://127.0.0.1:8080 before a local SageMaker MLflow; Ctrl-C ends it
 	@exec .venv/bin/mlflow-proxy demo --port $(PORT)
@@ -20,6 +20,10 @@ demo: .venv/.local ## the proxy on http://127.0.0.1:8080 before a local SageMake
 test: .venv/.dev ## set everything up and run all tests
 	@scripts/system-packages test
 	.venv/bin/python -m pytest $(PYTEST_ARGS)
+
+test-infra: .venv/.infra ## the AWS CDK application: types, rules, and a rehearsal against a local CloudFormation
+	PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/mypy infra tests/infra
+	PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/python -m pytest tests/infra $(PYTEST_ARGS)
 
 bench: .venv/.dev .venv/.bench ## compare speed and size with Envoy, nginx and the naive design; writes docs/performance.md
 	@scripts/system-packages bench
@@ -40,12 +44,12 @@ compat: .venv/.dev ## the client lifecycle against MLflow servers 2.16, 3.0 and 
 	.venv/bin/python -m pytest tests/compat $(PYTEST_ARGS)
 
 lock: .venv/.uv ## rewrite the lock files from pyproject.toml
-	for set in base:"" local:"--extra local" dev:"--extra local --extra tracing --group dev" bench:"--group bench"; do \
+	for set in base:"" local:"--extra local" dev:"--extra local --extra tracing --group dev" bench:"--group bench" infra:"--group infra"; do \
 	  $(UV) pip compile -q --generate-hashes --no-header --no-annotate --no-emit-index-url --python-version 3.11 --universal \
 	    pyproject.toml $${set#*:} -o requirements/$${set%%:*}.txt $(LOCK_ARGS); done
 
 clean: ## remove what the commands above made
-	rm -rf .venv .venv-* .cache build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-* infra/node_modules .cache build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 .venv/.uv:
 	@scripts/system-packages python
@@ -65,6 +69,12 @@ clean: ## remove what the commands above made
 	@$(UV) pip install --python .venv/bin/python -q --require-hashes -r requirements/dev.txt
 	@$(UV) pip install --python .venv/bin/python -q --no-deps -e .
 	@touch $@ .venv/.local
+
+.venv/.infra: .venv/.dev requirements/infra.txt infra/package-lock.json
+	@echo "Installing the CDK application and its tools …"
+	@$(UV) pip install --python .venv/bin/python -q --require-hashes -r requirements/infra.txt
+	@cd infra && PATH="$(CURDIR)/.venv/bin:$$PATH" npm ci --silent --no-audit --no-fund
+	@touch $@
 
 .venv/.bench: .venv/.uv requirements/bench.txt
 	@$(UV) pip install --python .venv/bin/python -q --require-hashes -r requirements/bench.txt

@@ -612,11 +612,12 @@ def test_dependencies_are_those_of_the_project() -> None:
         "## The extra `local`": names(project["project"]["optional-dependencies"]["local"]),
         "## Development": names(project["dependency-groups"]["dev"]),
         "## Benchmarks": names(project["dependency-groups"]["bench"]),
+        "## Deployment": names(project["dependency-groups"]["infra"]),
     }
     for heading, packages in expected.items():
         assert {code(row[0])[0] for row in rows(section("docs/dependencies.md", heading))} == packages
     assert set(project["project"]["optional-dependencies"]) == {"local", "tracing"}
-    assert set(project["dependency-groups"]) == {"dev", "bench"}
+    assert set(project["dependency-groups"]) == {"dev", "bench", "infra"}
 
 
 def test_the_changelog_has_this_version() -> None:

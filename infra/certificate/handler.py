@@ -1,0 +1,104 @@
+"""Runs in AWS Lambda, for CloudFormation: a self-signed certificate for one DNS name, imported into ACM.
+
+For a first try without a domain only: nobody vouches for it, so callers must be told to trust this one certificate.
+The private key never leaves this function but to ACM.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import urllib.request
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import boto3
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+# The most that Apple's systems accept of a certificate that its user trusts.
+_DAYS = 825
+# To delete a certificate, ten seconds apart.
+_ATTEMPTS = 20
+
+
+def handle(event: dict[str, Any], context: Any) -> None:
+    """Answer one request of CloudFormation, also if it failed: else it would wait for an hour."""
+    answer = {
+        "Status": "SUCCESS",
+        "StackId": event["StackId"],
+        "RequestId": event["RequestId"],
+        "LogicalResourceId": event["LogicalResourceId"],
+        "PhysicalResourceId": event.get("PhysicalResourceId", "none"),
+    }
+    try:
+        answer["PhysicalResourceId"] = _carry_out(event)
+    except Exception as error:
+        answer |= {"Status": "FAILED", "Reason": f"{type(error).__name__}: {error}; see log {_log(context)}"}
+    body = json.dumps(answer).encode()
+    # The URL is CloudFormation's own, and https; a Content-Type would break its signature.
+    request = urllib.request.Request(event["ResponseURL"], body, {"Content-Type": ""}, method="PUT")  # noqa: S310
+    with urllib.request.urlopen(request, timeout=30):  # noqa: S310
+        pass
+
+
+def _carry_out(event: dict[str, Any]) -> str:
+    """The ARN of the certificate. A changed name makes a new one, and CloudFormation then deletes the old."""
+    acm = boto3.client("acm", region_name=os.environ["AWS_REGION"])
+    if event["RequestType"] != "Delete":
+        properties = event["ResourceProperties"]
+        certificate, key = make_certificate(properties["Name"])
+        tags = [{"Key": key, "Value": value} for key, value in sorted(properties["Tags"].items())]
+        return str(acm.import_certificate(Certificate=certificate, PrivateKey=key, Tags=tags)["CertificateArn"])
+    arn = str(event["PhysicalResourceId"])
+    if arn.startswith("arn:"):
+        delete_certificate(acm, arn)
+    return arn
+
+
+def delete_certificate(acm: Any, arn: str, *, pause: float = 10.0) -> None:
+    """Delete a certificate. ACM believes for a while that a listener that was just deleted still uses it."""
+    for attempt in range(_ATTEMPTS):
+        try:
+            acm.delete_certificate(CertificateArn=arn)
+        except acm.exceptions.ResourceNotFoundException:
+            return  # gone already: what was asked for
+        except acm.exceptions.ResourceInUseException:
+            if attempt == _ATTEMPTS - 1:
+                raise
+            time.sleep(pause)
+        else:
+            return
+
+
+def make_certificate(name: str) -> tuple[bytes, bytes]:
+    """A certificate for one DNS name and its private key, both PEM."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    # A common name has 64 characters at the most; load balancers' names may be longer, and only the SAN counts.
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "mlflow-proxy (self-signed)")])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(hours=1))
+        .not_valid_after(now + timedelta(days=_DAYS))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name.lower())]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    return certificate.public_bytes(serialization.Encoding.PEM), private
+
+
+def _log(context: Any) -> str:
+    return f"{context.log_group_name}, stream {context.log_stream_name}"

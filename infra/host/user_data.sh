@@ -1,0 +1,72 @@
+#!/bin/bash
+# First boot of a host (Ubuntu 24.04): fetch the application, install it, ship its log, tell CloudFormation.
+# Words between @ signs are filled in by the stack. Nothing here needs the internet: S3, CloudWatch Logs and
+# CloudFormation are reached through endpoints where the VPC has no other way out. Output: /var/log/cloud-init-output.log
+set -euo pipefail
+
+region=@REGION@
+application=/opt/mlflow-proxy-setup
+metadata=http://169.254.169.254/latest
+
+# Credentials of the instance's role, as options that curl reads from standard input: so no process list shows them.
+credentials() {
+  local token role
+  token=$(curl -fsS -X PUT -H 'X-aws-ec2-metadata-token-ttl-seconds: 300' "$metadata/api/token")
+  role=$(curl -fsS -H "X-aws-ec2-metadata-token: $token" "$metadata/meta-data/iam/security-credentials/")
+  curl -fsS -H "X-aws-ec2-metadata-token: $token" "$metadata/meta-data/iam/security-credentials/$role" |
+    python3 -c 'import json, sys; c = json.load(sys.stdin)
+print("user = \"%(AccessKeyId)s:%(SecretAccessKey)s\"\nheader = \"x-amz-security-token: %(Token)s\"" % c)'
+}
+
+# aws SERVICE curl-options…: one signed call.
+aws() {
+  local service=$1
+  shift
+  credentials | curl -fsS --retry 5 --retry-all-errors --aws-sigv4 "aws:amz:$region:$service" --config - "$@"
+}
+
+# Tell CloudFormation SUCCESS or FAILURE: a deployment waits for it, and is undone without.
+signal() {
+  local token id
+  token=$(curl -fsS -X PUT -H 'X-aws-ec2-metadata-token-ttl-seconds: 300' "$metadata/api/token")
+  id=$(curl -fsS -H "X-aws-ec2-metadata-token: $token" "$metadata/meta-data/instance-id")
+  aws cloudformation -o /dev/null "https://cloudformation.$region.amazonaws.com/" \
+    --data-urlencode Action=SignalResource --data-urlencode Version=2010-05-15 \
+    --data-urlencode 'StackName=@STACK@' --data-urlencode 'LogicalResourceId=@GROUP@' \
+    --data-urlencode "UniqueId=$id" --data-urlencode "Status=$1"
+}
+trap 'signal FAILURE' ERR
+
+mkdir -p "$application"
+aws s3 -o "$application.zip" 'https://@BUCKET@.s3.@REGION@.amazonaws.com/@KEY@'
+python3 -m zipfile -e "$application.zip" "$application"
+
+cat >"$application/proxy.toml" <<'PROXY_TOML'
+@PROXY_TOML@
+PROXY_TOML
+
+# The service writes to the journal under the name mlflow-proxy; rsyslog keeps a copy that the agent can read.
+cat >/etc/rsyslog.d/30-mlflow-proxy.conf <<'RSYSLOG'
+template(name="line" type="string" string="%msg:2:$%\n")
+if $programname == "mlflow-proxy" then { action(type="omfile" file="/var/log/mlflow-proxy.log" template="line") stop }
+RSYSLOG
+cat >/etc/logrotate.d/mlflow-proxy <<'LOGROTATE'
+/var/log/mlflow-proxy.log { daily rotate 3 maxsize 200M missingok compress copytruncate }
+LOGROTATE
+systemctl restart rsyslog
+
+agent=amazon-cloudwatch-agent
+curl -fsS --retry 5 -o "/tmp/$agent.deb" \
+  "https://amazoncloudwatch-agent-$region.s3.$region.amazonaws.com/ubuntu/@DPKG_ARCHITECTURE@/latest/$agent.deb"
+dpkg -i "/tmp/$agent.deb"
+cat >/opt/aws/$agent/etc/proxy.json <<'AGENT'
+{"logs": {"logs_collected": {"files": {"collect_list": [
+  {"file_path": "/var/log/mlflow-proxy.log", "log_group_name": "@LOG_GROUP@", "log_stream_name": "{instance_id}/proxy"},
+  {"file_path": "/var/log/cloud-init-output.log", "log_group_name": "@LOG_GROUP@", "log_stream_name": "{instance_id}/first-boot"}
+]}}}}
+AGENT
+/opt/aws/$agent/bin/amazon-cloudwatch-agent-ctl -a fetch-config -m ec2 -s -c file:/opt/aws/$agent/etc/proxy.json
+
+# Starts the service, waits for its health, and fails if that does not come.
+bash "$application/deploy/install.sh" --wheelhouse "$application/wheelhouse" --config "$application/proxy.toml"
+signal SUCCESS

@@ -1,0 +1,35 @@
+"""Valkey, in which instances count requests together: ElastiCache Serverless, reached with TLS by the proxy alone."""
+
+from __future__ import annotations
+
+from aws_cdk import aws_elasticache as elasticache
+from constructs import Construct
+
+from infra.networking import Network
+from infra.settings import Settings
+
+# Counters of a few minutes: far below the least that can be bought, so these only bound the bill.
+_GIGABYTES = 1
+_UNITS_PER_SECOND = 5000
+
+
+class SharedLimits(Construct):
+    """`url` is what the proxy's `limits.storage` takes. It keeps counters of minutes, so nothing is backed up."""
+
+    def __init__(self, scope: Construct, id: str, settings: Settings, network: Network) -> None:
+        super().__init__(scope, id)
+        cache = elasticache.CfnServerlessCache(
+            self,
+            "Cache",
+            engine="valkey",
+            major_engine_version="8",
+            serverless_cache_name=f"mlflow-proxy-{settings.mlflow_type}",
+            description="Shared limits of the MLflow proxy",
+            subnet_ids=[subnet.subnet_id for subnet in network.data_subnets],
+            security_group_ids=[network.valkey.security_group_id],
+            cache_usage_limits=elasticache.CfnServerlessCache.CacheUsageLimitsProperty(
+                data_storage=elasticache.CfnServerlessCache.DataStorageProperty(unit="GB", maximum=_GIGABYTES),
+                ecpu_per_second=elasticache.CfnServerlessCache.ECPUPerSecondProperty(maximum=_UNITS_PER_SECOND),
+            ),
+        )
+        self.url = f"rediss://{cache.attr_endpoint_address}:{cache.attr_endpoint_port}/0"
