@@ -101,6 +101,15 @@ def test_json_line() -> None:
     assert line["error"] == "upstream closed"
 
 
+@pytest.mark.parametrize("as_json", [True, False])
+def test_a_long_error_is_cut(as_json: bool) -> None:
+    line = written([record_of(error="e" * 500)], as_json=as_json)
+    assert "e" * 500 in line
+    line = written([record_of(error="e" * 100_000)], as_json=as_json)
+    shown = json.loads(line)["error"] if as_json else line.rstrip("\n").rpartition("  ")[2]
+    assert shown == "e" * 500 + "…"
+
+
 def test_line_without_error_has_no_such_field() -> None:
     assert list(json.loads(written([record_of()], as_json=True))) == FIELDS
 

@@ -283,16 +283,9 @@ class _Trail:
 def _changing(place: _Place, *, create: bool = False) -> Iterator[tuple[list[Key], _Trail]]:
     """The keys to change, and what takes the audit lines for it; they are written after the change, if that succeeds.
 
-    Where it is plain that they cannot be written, nothing is changed. A disk that is full shows only afterwards: the
-    caller then has to `check` the trail, when all has been said about the change.
+    A file that plainly cannot be written to is a mistake in the configuration, so that nothing is changed. A full disk
+    shows only afterwards: therefore `check` the trail, when all has been said about the change.
     """
-    from mlflow_proxy.telemetry.audit import problem_with  # as above
-
-    problem = problem_with(place.audit)
-    if problem is not None:
-        raise click.ClickException(
-            f"nothing was changed, because the change could not be recorded: audit.to: {problem}"
-        )
     trail = _Trail(place.audit)
     try:
         with change_keys(place.path, create=create) as held:

@@ -286,7 +286,9 @@ class TestIdentify:
         place = data.draw(st.integers(0, len(text) - 1))
         letter = data.draw(st.characters().filter(lambda letter: letter != text[place]))
         ring = KeyRing(Access(), Aws(), clock=Clock())
-        ring._sources.append(source := module._Source("test", lambda: None, 1.0, lambda: None))
+        ring._sources.append(
+            source := module._Source("test", lambda: None, 1.0, 1.0, clock=Clock(), changed=lambda: None)
+        )
         source._take(text_of(key).encode())
         assert knows(ring, text)
         assert not knows(ring, text[:place] + letter + text[place + 1 :])
@@ -448,6 +450,130 @@ class TestChanges:
             assert not knows(ring, text)
             assert len(errors(caplog)) == 3
         assert "hunter2" not in caplog.text
+
+    def test_a_broken_file_still_revokes_and_ends(
+        self, path: Path, by_hand: Callable[[KeyRing], None], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """But it makes no key, changes no role, and gives no key more time."""
+        clock = Clock()
+        made = {name: a_key(name) for name in ("revoked", "ends", "expires", "longer", "role", "same", "absent")}
+        other = a_key("other")[1]
+        late, late_key = a_key("late")
+        put(path, *(key for _, key in made.values()))
+        changes: dict[str, dict[str, Any]] = {
+            "revoked": {"revoked": NOW},
+            "ends": {"ends": NOW + timedelta(hours=1)},
+            "expires": {"expires": NOW + timedelta(hours=1)},
+            "longer": {"expires": None},
+            "role": {"role": "admin"},
+            "same": {},
+        }
+        with ring_on(path, clock) as ring:
+            lines = text_of(*(replace(made[name][1], **change) for name, change in changes.items()), late_key, other)
+            path.write_text('{"id": "cut off\n' + lines)
+            by_hand(ring)
+            assert reason(ring, made["revoked"][0]).endswith("was revoked")
+            clock.now += 3599
+            for name in ("ends", "expires", "longer", "role", "same", "absent"):
+                assert ring.identify(made[name][0]) == Caller(
+                    f"key:{name}", "key", role="writer", credential=made[name][1].id
+                )
+            assert not knows(ring, late)
+            clock.now += 1
+            assert [name for name, (text, _) in made.items() if knows(ring, text)] == [
+                "longer",
+                "role",
+                "same",
+                "absent",
+            ]
+            clock.now += 90 * 86400
+            assert not knows(ring, made["longer"][0])
+            assert len(errors(caplog)) == 1
+            assert "line 1: is not JSON" in errors(caplog)[0]
+            ended = ", ".join(sorted(made[name][1].id for name in ("revoked", "ends", "expires")))
+            assert f"revoke or end the API keys {ended}" in caplog.text
+            clock.now = NOW.timestamp()
+            path.write_text(text_of(made["revoked"][1], late_key))  # good again: all of it counts
+            by_hand(ring)
+            assert knows(ring, made["revoked"][0])
+            assert knows(ring, late)
+            assert not knows(ring, made["same"][0])
+
+    def test_of_lines_with_one_id_the_strictest_counts(self, path: Path, by_hand: Callable[[KeyRing], None]) -> None:
+        text, key = a_key()
+        put(path, key)
+        with ring_on(path) as ring:
+            put(path, replace(key, revoked=NOW), key)
+            by_hand(ring)
+            assert not knows(ring, text)
+
+    def test_what_cannot_be_read_counts_for_five_minutes(
+        self, path: Path, by_hand: Callable[[KeyRing], None], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        clock = Clock()
+        text, key = a_key()
+        put(path, key)
+        with ring_on(path, clock) as ring:
+            clock.now += 1000  # in which all was well
+            by_hand(ring)
+            path.rename(path.with_suffix(".kept"))
+            path.mkdir()
+            by_hand(ring)
+            clock.now += 299
+            by_hand(ring)
+            assert knows(ring, text)
+            clock.now += 1
+            assert "could not be read for too long" in reason(ring, text)  # also if no look notices
+            by_hand(ring)
+            by_hand(ring)
+            assert "there is no API key" in reason(ring, text)
+            assert errors(caplog)[1:] == [
+                f"access.keys_file {path}: not read for 300 s, so no key of it counts any more"
+            ]
+            path.rmdir()
+            path.with_suffix(".kept").rename(path)
+            by_hand(ring)
+            assert knows(ring, text)
+
+    def test_each_good_look_begins_the_five_minutes_anew(self, path: Path, by_hand: Callable[[KeyRing], None]) -> None:
+        clock = Clock()
+        text, key = a_key()
+        put(path, key)
+        with ring_on(path, clock) as ring:
+            for _ in range(3):
+                path.rename(path.with_suffix(".kept"))
+                path.mkdir()
+                by_hand(ring)
+                clock.now += 200
+                path.rmdir()
+                path.with_suffix(".kept").rename(path)
+                by_hand(ring)
+                assert knows(ring, text)
+
+    def test_a_look_that_hangs(self, path: Path, by_hand: Callable[[KeyRing], None]) -> None:
+        """As on a network share whose server is gone."""
+        clock = Clock()
+        text, key = a_key()
+        put(path, key)
+        hangs, goes_on = threading.Event(), threading.Event()
+
+        def read() -> bytes | None:
+            hangs.set()
+            goes_on.wait(60)
+            return None
+
+        with ring_on(path, clock) as ring:
+            ring._sources[0]._read = read
+            look = threading.Thread(target=by_hand, args=(ring,))
+            look.start()
+            assert hangs.wait(60)
+            clock.now += 299
+            assert knows(ring, text)
+            clock.now += 1
+            assert not knows(ring, text)
+            goes_on.set()
+            look.join()
+            assert knows(ring, text)
 
     def test_missing_at_the_start(self, path: Path, caplog: pytest.LogCaptureFixture) -> None:
         text, key = a_key()

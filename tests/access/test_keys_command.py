@@ -26,6 +26,7 @@ from mlflow_proxy.access.key_record import KEY, Key, KeysError, make_key, parse_
 from mlflow_proxy.access.keys import KeyRing
 from mlflow_proxy.keys_command import keys
 from mlflow_proxy.settings import Access, Aws
+from mlflow_proxy.telemetry import audit as audit_module
 
 COMMAND = (str(Path(sys.executable).with_name("mlflow-proxy")), "keys")
 SECRET_ARN = "arn:aws:secretsmanager:eu-central-1:111122223333:secret:mlflow-proxy/keys-AbCdEf"
@@ -450,8 +451,29 @@ class TestAudit:
             ("rotate", "ci-pipeline"),
         ):
             said = failure(*command, "--config", config)
-            assert "nothing was changed, because the change could not be recorded: audit.to: /dev/full" in said
+            assert "the configuration has mistakes:\n  ✗ audit.to: /dev/full is not a regular file" in said
         assert path.read_bytes() == before
+
+    @pytest.mark.parametrize("command", ["new", "rotate", "revoke"])
+    def test_what_turns_out_not_to_be_recorded_is_said(
+        self, config: Path, path: Path, audit: Path, command: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The change was made: a new key is shown all the same, or nobody would have it."""
+        new(path)
+        monkeypatch.setattr(audit_module, "_CLOSING", 0.2)
+        audit.touch()
+        arguments = ("new", "--name", "x", "--role", "writer") if command == "new" else (command, "ci-pipeline")
+        with audit.open("rb") as other:
+            fcntl.flock(other, fcntl.LOCK_EX)  # another process holds up all that write
+            done = run(*arguments, "--config", config)
+            assert audit.read_bytes() == b""
+        assert done.exit_code == 1
+        assert f"Error: the change was made, but not recorded: audit.to {audit}" in done.stderr
+        if command == "revoke":
+            assert "Revoked key" in done.stderr
+            assert held(path)[0].revoked is not None
+        else:
+            assert identify(path, done.stdout.strip()) is not None
 
 
 class TestProcesses:

@@ -203,6 +203,25 @@ def test_an_outage_leaves_the_last_keys(
     assert key.sha256 not in caplog.text
 
 
+def test_a_long_outage_voids_the_keys(
+    server: Server,
+    make_secret: Callable[..., Secret],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert module._SECRET_GRACE == 3600
+    monkeypatch.setattr(module, "_SECRET_GRACE", 2.0)
+    text, key = a_key()
+    secret = make_secret(key)
+    with ring_on(watching(secret)) as ring:
+        server.stop()
+        until(lambda: not knows(ring, text))
+        until(lambda: len(logged(caplog)) == 2)
+        assert logged(caplog)[1].endswith("not read for 2 s, so no key of it counts any more")
+        server.start_again()
+        until(lambda: knows(ring, text))
+
+
 def test_an_outage_at_the_start(
     server: Server, make_secret: Callable[..., Secret], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -221,20 +240,24 @@ def test_a_broken_text_leaves_the_last_keys(
     make_secret: Callable[..., Secret], caplog: pytest.LogCaptureFixture
 ) -> None:
     text, key = a_key()
-    secret = make_secret(key)
+    leaked, leaked_key = a_key("leaked")
+    secret = make_secret(key, leaked_key)
     with ring_on(watching(secret)) as ring:
-        secret.put_text(text_of(key) + '{"username": "hunter2"}')  # what the console's form makes
+        secret.put_text(
+            text_of(key, replace(leaked_key, revoked=NOW)) + '{"username": "hunter2"}'
+        )  # the console's form
         until(lambda: bool(logged(caplog)))
         secret.put_binary(text_of(key).encode())
         until(lambda: len(logged(caplog)) == 2)
         time.sleep(1)
         assert [message.split(": ", 1)[1] for message in logged(caplog)] == [
-            "line 2: has a field that does not exist; there are id, name, sha256, role, created, expires, ends, "
+            "line 3: has a field that does not exist; there are id, name, sha256, role, created, expires, ends, "
             "revoked; the keys read before still count",
             "the secret is binary; store the keys as text, with --secret-string file://keys.jsonl; the keys read "
             "before still count",
         ]
         assert knows(ring, text)
+        assert not knows(ring, leaked)
     assert "hunter2" not in caplog.text
 
 

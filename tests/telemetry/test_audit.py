@@ -19,7 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from mlflow_proxy.targets import TARGET_NAME
 from mlflow_proxy.telemetry import audit as module
 from mlflow_proxy.telemetry.audit import AuditLog, problem_with
 from mlflow_proxy.telemetry.record import Record
@@ -139,6 +142,45 @@ def test_nobody_forges_a_line(evil: str, tmp_path: Path) -> None:
     assert (line["event"], line["caller"], line["reason"], line["resources"]) == ("write", evil, evil, {"name": evil})
 
 
+texts = st.one_of(st.text(max_size=20), st.text(min_size=250, max_size=260), st.just("ü" * 5000))
+ANY = ("caller", "way", "credential", "caller_address", "role", "action", "method", "route", "error")
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    texts=st.tuples(*[texts] * len(ANY)),
+    resources=st.one_of(st.none(), st.dictionaries(texts, st.one_of(texts, st.lists(texts, max_size=3)), max_size=3)),
+    target=st.from_regex(TARGET_NAME, fullmatch=True),
+    status=st.integers(0, 599),
+)
+def test_a_line_is_what_json_makes_of_the_fields(
+    texts: tuple[str, ...], resources: dict[str, Any] | None, target: str, status: int
+) -> None:
+    values = dict(zip(ANY, texts, strict=True))
+    record = record_of(**values, resources=resources, target=target, status=status)
+    line = module._request_line("write", record)
+    error = values["error"]
+    fields = {
+        "time": json.loads(line)["time"],
+        "audit": 1,
+        "event": "write",
+        "request_id": record.request_id,
+        "caller": values["caller"],
+        "way": values["way"],
+        "credential": values["credential"],
+        "client": values["caller_address"],
+        "role": values["role"],
+        "target": target,
+        "action": values["action"] if len(values["action"]) <= 256 else values["action"][:256] + "…",
+        "method": values["method"],
+        "route": values["route"],
+        "status": status,
+        "resources": resources or {},
+        **({"reason": error if len(error) <= 500 else error[:500] + "…"} if error else {}),
+    }
+    assert line == json.dumps(fields)
+
+
 def test_other_events(tmp_path: Path) -> None:
     file = tmp_path / "audit"
     log = AuditLog(str(file))
@@ -180,6 +222,44 @@ def test_a_file_is_appended_to_and_only_its_user_reads_it(tmp_path: Path) -> Non
         os.umask(mask)
     assert [line["caller"] for line in lines_of(file)] == ["one", "two"]
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
+def test_a_file_that_root_makes_is_that_of_the_folders_owner(tmp_path: Path) -> None:
+    """`mlflow-proxy keys` may run as root before the service's first start."""
+    file = tmp_path / "folder" / "audit"
+    file.parent.mkdir()
+    os.chown(file.parent, 65534, 65533)
+    audited(file, record_of())
+    assert (file.stat().st_uid, file.stat().st_gid, stat.S_IMODE(file.stat().st_mode)) == (65534, 65533, 0o600)
+    os.chown(file, 0, 0)
+    assert len(audited(file, record_of())) == 2
+    assert file.stat().st_uid == 0  # one that is there stays whose it is
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
+def test_a_link_gives_no_file_away(tmp_path: Path) -> None:
+    """The folder's owner can put a link there."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    os.chown(folder, 65534, 65534)
+    for name in ("there", "new"):
+        (folder / name).symlink_to(tmp_path / name)
+    (tmp_path / "there").touch()
+    for name in ("there", "new"):
+        audited(folder / name, record_of())
+        assert (tmp_path / name).stat().st_uid == 0
+        assert len(lines_of(tmp_path / name)) == 1
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can make a folder another user's")
+def test_only_root_gives_files_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    file = tmp_path / "folder" / "audit"
+    file.parent.mkdir()
+    os.chown(file.parent, 65534, 65534)
+    audited(file, record_of())
+    assert file.stat().st_uid == 0
 
 
 def test_off_has_no_thread_and_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -404,8 +484,11 @@ def test_close_says_what_could_not_be_written(
     log = AuditLog(str(tmp_path / "nowhere" / "audit"))
     for _ in range(3):
         log.request(record_of())
-    log.close()
+    assert log.close() == 3
     assert "3 lines could not be written" in caplog.text
+    other = AuditLog(str(tmp_path / "audit"))
+    other.request(record_of())
+    assert other.close() == 0
 
 
 def test_a_named_pipe_is_no_file_and_stops_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
