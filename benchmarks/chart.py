@@ -11,6 +11,7 @@ from benchmarks.results import DownloadRow, Row
 CHARTED_CONNECTIONS = (32, 256)
 COLOURS = {
     "proxy": "#0d9488",
+    "proxy-no-audit": "#2fa39b",
     "proxy-bare": "#5eaaa4",
     "envoy": "#b45fc9",
     "naive": "#d97706",

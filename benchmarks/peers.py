@@ -134,9 +134,10 @@ deny = ["Delete*"]
 """
 
 
-def proxy_settings(port: int, endpoint: str, *, bare: bool, ca: Path | None = None) -> str:
+def proxy_settings(port: int, endpoint: str, *, bare: bool, audit: bool = True, ca: Path | None = None) -> str:
     """The proxy's configuration, all else left at its defaults; `bare` is without identity, limits and record."""
-    record = 'requests = false\nmetrics = false\n\n[audit]\nto = "off"\n' if bare else ""
+    record = "requests = false\nmetrics = false\n" if bare else ""
+    record += "" if audit and not bare else '\n[audit]\nto = "off"\n'
     text = (
         f'[server]\nhost = "127.0.0.1"\nport = {port}\nworkers = {WORKERS}\ndrain_timeout = 1\n\n'
         f'[log]\nformat = "json"\n{record}{"" if bare else _GUARD}\n'
@@ -145,13 +146,13 @@ def proxy_settings(port: int, endpoint: str, *, bare: bool, ca: Path | None = No
     return text + (f"ca_bundle = {json.dumps(str(ca))}\n" if ca else "")
 
 
-def _proxy(place: Place, *, bare: bool = False, tls: bool = False) -> list[str]:
+def _proxy(place: Place, *, bare: bool = False, audit: bool = True, tls: bool = False) -> list[str]:
     endpoint = f"https://127.0.0.1:{place.upstream.tls}" if tls else f"http://127.0.0.1:{place.upstream.signed}"
     config = place.folder / "proxy.toml"
     ca = place.upstream.ca if tls else None
     keys = place.folder / "keys.jsonl"
     keys.write_text(json.dumps(_KEY_LINE) + "\n")
-    text = proxy_settings(place.port, endpoint, bare=bare, ca=ca)
+    text = proxy_settings(place.port, endpoint, bare=bare, audit=audit, ca=ca)
     config.write_text(text.replace('"keys.jsonl"', json.dumps(str(keys))))
     return [str(_scripts("mlflow-proxy")), "serve", "--config", str(config)]
 
@@ -184,6 +185,14 @@ def _naive_environment(place: Place) -> Mapping[str, str]:
 HEALTH = "/-/health"
 PEERS = (
     Peer("proxy", "mlflow-proxy", _proxy, _no_proxy, HEALTH, headers=WITH_KEY),
+    Peer(
+        "proxy-no-audit",
+        "mlflow-proxy, no audit",
+        lambda place: _proxy(place, audit=False),
+        _no_proxy,
+        HEALTH,
+        headers=WITH_KEY,
+    ),
     Peer("proxy-bare", "mlflow-proxy, bare", lambda place: _proxy(place, bare=True), _no_proxy, HEALTH),
     Peer("envoy", "Envoy, SigV4 filter", _envoy, _no_envoy),
     Peer("naive", "naive design", _naive, _no_naive, environment=_naive_environment),

@@ -124,7 +124,8 @@ How fast the proxy is and what it takes, side by side with others on one machine
 
 | | |
 |---|---|
-| mlflow-proxy | this project, 2 workers, as in production: API key, role, rate limit in memory, log line, metrics |
+| mlflow-proxy | 2 workers, as in production: API key, role, rate limit in memory, log line, audit, metrics |
+| mlflow-proxy, no audit | the same with `audit.to = "off"` |
 | mlflow-proxy, bare | the same without any of these: it signs and forwards for anybody |
 | Envoy, SigV4 filter | Envoy with its `aws_request_signing` filter, 2 threads, payload hashed, no access log |
 | naive design | Flask on gunicorn (2 workers, 16 threads each), a new connection each time, botocore signing; no log |

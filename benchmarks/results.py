@@ -109,7 +109,8 @@ class Results:
             if row.peer.key == "proxy" and row.load.connections in TARGET_CONNECTIONS:
                 goals += _at_least(row.load.label, "naive", LEAST_OF_NAIVE, row.to_naive)
                 goals += _at_least(row.load.label, "envoy", LEAST_OF_ENVOY, row.to_envoy)
-                goals += _at_least(row.load.label, "proxy-bare", LEAST_OF_BARE, row.to_bare)
+            if row.peer.key == "proxy-no-audit" and row.load.connections in TARGET_CONNECTIONS:
+                goals += _at_least(f"{row.load.label}, no audit", "proxy-bare", LEAST_OF_BARE, row.to_bare)
         goals += [goal for row in self.download_rows() if row.peer.key == "proxy" for goal in _download_goals(row)]
         goals += [goal for row in self.size_rows() if row.peer.key == "proxy" for goal in _size_goals(row)]
         return goals

@@ -443,6 +443,43 @@ def test_any_value_is_taken_or_explained(values: dict[tuple[str, str], object], 
     assert all(problem.strip() for problem in problems)
 
 
+# Identity and roles
+
+LOAD_BALANCER = "arn:aws:elasticloadbalancing:us-east-1:123456789012:loadbalancer/app/mlflow/50dc6c495c0c9188"
+
+
+@pytest.mark.parametrize("issuer", [None, "https://id.example.com/"])
+def test_two_ways_to_the_same_names_are_of_one_issuer(write: Write, issuer: str | None) -> None:
+    text = f"""
+[server]
+trusted_proxies = ["10.0.0.0/8"]
+[oidc]
+issuer = "https://id.example.com"
+audience = ["mlflow"]
+[[roles]]
+name = "all"
+targets = ["*"]
+allow = ["*"]
+{TARGET}
+[load_balancer]
+arn = "{LOAD_BALANCER}"
+"""
+    assert load(write(f'{text}issuer = "https://id.example.com"\n'), {}).load_balancer.arn == LOAD_BALANCER
+    (problem,) = problems_of(write(f'{text}issuer = "{issuer}"\n' if issuer else text))
+    assert problem.startswith("load_balancer.issuer: must be oidc.issuer")
+
+
+@pytest.mark.parametrize(("pattern", "good"), [("GraphQL", False), ("Graph*", False), ("GetRun", True), ("*", True)])
+def test_actions_that_a_role_names_are_such_that_requests_need(write: Write, pattern: str, good: bool) -> None:
+    """GraphQL is none: each query needs the actions of its fields."""
+    path = write(f'{TARGET}[[roles]]\nname = "all"\ntargets = ["*"]\nallow = ["{pattern}"]\n')
+    if good:
+        assert load(path, {}).roles[0].allow == [pattern]
+    else:
+        (problem,) = problems_of(path)
+        assert problem.startswith(f"roles[1].allow: '{pattern}' matches no action")
+
+
 # Secrets
 
 SECRET = "hunter2"
@@ -488,6 +525,15 @@ def test_nothing_of_the_proxys_url_shows_whatever_its_type(write: Write) -> None
     assert problems_of(write(f"[upstream]\nproxy = 271828\n{TARGET}")) == [
         "upstream.proxy: input should be a valid string"
     ]
+
+
+def test_password_does_not_show_in_the_settings_themselves(write: Write) -> None:
+    urls = f'[upstream]\nproxy = "http://u:{SECRET}@h:1"\n[limits]\nstorage = "redis://u:{SECRET}@h:1"\n'
+    loaded = load(write(urls + TARGET), {})
+    assert SECRET in f"{loaded.upstream.proxy}"
+    assert SECRET in f"{loaded.limits.storage}"
+    for shown in (loaded, loaded.upstream, loaded.limits):
+        assert SECRET not in repr(shown) + str(shown)
 
 
 def test_password_in_a_broken_file_never_shows(write: Write) -> None:

@@ -70,7 +70,8 @@ class Forwarder:
         record.step("limit")
         record.role = decision.role if decision else ""
         await _settled(self._limits.check(caller, record.role or None, target))
-        data = await self._bodies.collect(request, receive) if request.has_body else b""
+        limit = graphql.BODY_LIMIT if decision is None else None
+        data = await self._bodies.collect(request, receive, limit=limit) if request.has_body else b""
         record.bytes_in = len(data)
         try:
             if decision is None:

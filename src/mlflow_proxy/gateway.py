@@ -25,7 +25,7 @@ from mlflow_proxy.access.policy import Patterns, Policy, link_action
 from mlflow_proxy.access.session import Sessions
 from mlflow_proxy.aws.credentials import CredentialStore
 from mlflow_proxy.bodies import Bodies, CallerGone, Receive
-from mlflow_proxy.deadlines import Deadlines
+from mlflow_proxy.deadlines import Deadlines, Timeout
 from mlflow_proxy.errors import Refusal
 from mlflow_proxy.forwarder import Forwarder
 from mlflow_proxy.http1 import UpstreamError
@@ -58,6 +58,9 @@ _HEALTH = b'{"status": "ok"}\n'
 _CALLER_GONE = 499
 # No page of the proxy's own takes more.
 _OWN_BODY_LIMIT = 16 * 1024
+# Of the body of a refused request, so much is taken off the connection, within so many seconds.
+_TAKEN_OFF = 256 * 1024
+_TAKEN_WITHIN = 2.0
 # Seconds between two audit lines about one address that is refused for its failures, and how many are remembered.
 _TOLD_EVERY = 60.0
 _MOST_TOLD = 4096
@@ -79,15 +82,18 @@ class Gateway:
         """ASGI."""
         if scope["type"] == "lifespan":
             await self._live(receive, send)
-            return
-        if scope["raw_path"] == _HEALTH_PATH:
+        elif scope["raw_path"] == _HEALTH_PATH:
             await _answer_health(send)
-            return
+        else:
+            await self._serve(scope, receive, send)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._metrics.in_flight += 1
         record = Record(scope["method"], self._ids.of(scope))
         if self._tracing is not None:
             record.trace = self._tracing.request(record.method, scope["headers"])
         watch = CallerWatch(receive, self._deadlines)
+        request: Request | None = None
         try:
             record.caller_address = scope["client"][0] if scope.get("client") else ""
             request = self._reader.read(scope)
@@ -97,6 +103,10 @@ class Gateway:
             else:
                 await self._forwarder(request, watch.receive, send, record)
         except Refusal as refusal:
+            if request is None:
+                record.caller_address = self._reader.client(scope)[0]
+            else:
+                await self._take_body(request, watch.receive, refusal, record)
             await _refuse(send, refusal, record)
         except CallerGone:
             await _refuse(send, _body_broke_off(), record)  # reaches a caller that is there but framed it wrongly
@@ -116,6 +126,19 @@ class Gateway:
         finally:
             watch.close()
             self._keep(record)
+
+    async def _take_body(self, request: Request, receive: Receive, refusal: Refusal, record: Record) -> None:
+        """Take the body of a refused request off the connection, if it is short; else that has to be closed.
+
+        Who still sends when the connection is cut may never see the answer.
+        """
+        if not request.has_body or record.bytes_in or refusal.close:
+            return
+        try:
+            with Timeout(self._deadlines, _TAKEN_WITHIN):
+                self._bodies.release(len(await self._bodies.collect(request, receive, limit=_TAKEN_OFF)))
+        except (Refusal, CallerGone, TimeoutError):
+            refusal.close = True
 
     def _keep(self, record: Record) -> None:
         """Step 9 of a request's way: what became of it, to metrics, audit and log."""

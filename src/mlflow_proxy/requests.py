@@ -210,7 +210,7 @@ class RequestReader:
         has_body = bool(length) or b"transfer-encoding" in noted or (length is None and scope["http_version"] == "2")
         query = canonical_query(raw_query) if raw_query else ""
         content_type = _content_type(passed) if passed else ""
-        client, scheme = self._client(scope)
+        client, scheme = self.client(scope)
         dropped = self._drop_claims(scope, presented) if presented else 0
         return Request(
             method,
@@ -293,7 +293,8 @@ class RequestReader:
         own = (b"http://" + lowered, b"https://" + lowered)
         return (*own, self._public_origin) if self._public_origin else own
 
-    def _client(self, scope: Scope) -> tuple[str, str]:
+    def client(self, scope: Scope) -> tuple[str, str]:
+        """The caller's address and scheme, through trusted proxies."""
         peer = scope["client"][0] if scope.get("client") else ""
         if not self._trusted:
             return peer, scope["scheme"]
@@ -365,6 +366,8 @@ def _without_port(hop: str) -> str:
 
 
 def _is_address(text: str) -> bool:
+    if "%" in text:  # a zone means something on its own machine only, and may be anything
+        return False
     try:
         ip_address(text)
     except ValueError:

@@ -378,6 +378,17 @@ def test_serial_numbers_that_are_none(values: list[bytes]) -> None:
     assert caller.credential == ""
 
 
+def test_a_reason_holds_nothing_of_the_headers() -> None:
+    secret = b"hunter2"
+    good = {b"x-ssl-client-s-dn": [b"CN=a"], b"x-ssl-client-verify": [b"SUCCESS"], b"x-ssl-client-i-dn": [b"CN=ours"]}
+    options = NGINX.model_copy(update={"issuers": ["CN=ours"]})
+    assert identify(options, good) is not None
+    for name in good:
+        for value in (secret, secret + b"\n"):
+            if (name, value) != (b"x-ssl-client-s-dn", secret):  # which is a good subject
+                assert "hunter2" not in reason(options, good | {name: [value]})
+
+
 def test_without_a_subject_header_there_is_no_such_way() -> None:
     with pytest.raises(ValueError, match=r"certificates\.subject_header"):
         CertificateIdentity(Certificates())

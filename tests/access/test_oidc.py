@@ -40,10 +40,10 @@ from tests.access.provider import (
 
 from mlflow_proxy.access import provider_keys
 from mlflow_proxy.access.caller import Caller, Unauthenticated
-from mlflow_proxy.access.oidc import ALGORITHMS, TokenVerifier
+from mlflow_proxy.access.oidc import TokenVerifier
 from mlflow_proxy.access.tokens import LONGEST_TOKEN
 from mlflow_proxy.errors import Refusal
-from mlflow_proxy.settings import Oidc
+from mlflow_proxy.settings import SIGNATURE_ALGORITHMS, Oidc
 
 HOUR = 3600.0
 
@@ -314,6 +314,26 @@ KEYS: dict[str, Callable[[], Key]] = {
 }
 
 
+class TestReady:
+    """Whether there are keys, without a token."""
+
+    def test_keys_at_an_address_of_their_own(self, issuer: Issuer) -> None:
+        """Discovery is not asked, and need not be there."""
+        del issuer.answers["/.well-known/openid-configuration"]
+        run(options(issuer, jwks_url=f"{issuer.url}/jwks"), TokenVerifier.ready)
+        assert set(issuer.asked) == {"/jwks"}
+
+    def test_no_keys(self, issuer: Issuer) -> None:
+        async def test(verifier: TokenVerifier) -> None:
+            with pytest.raises(Refusal) as caught:
+                await verifier.ready()
+            assert caught.value.status == 503
+            assert "/jwks answers 404" in (caught.value.detail or "")
+
+        del issuer.answers["/jwks"]
+        run(options(issuer, jwks_url=f"{issuer.url}/jwks"), test)
+
+
 class TestTokens:
     """Tokens made just so, by an issuer of the test's own."""
 
@@ -326,7 +346,7 @@ class TestTokens:
         key = issuer.publish(KEYS[name]())
         token = issuer.token({"alg": name}, key)
         assert accepted(options(issuer, algorithms=[name]), token).subject == "user:alice"
-        assert "its algorithm" in refused(options(issuer, algorithms=sorted(ALGORITHMS - {name})), token)
+        assert "its algorithm" in refused(options(issuer, algorithms=sorted(SIGNATURE_ALGORITHMS - {name})), token)
 
     @pytest.mark.parametrize("jti", ["", "a\nb", "x" * 257, 7, None])
     def test_a_name_of_its_own_must_be_one(self, issuer: Issuer, jti: Any) -> None:
@@ -824,6 +844,6 @@ def test_garbage_never_ends_in_anything_but_a_refusal(
 def test_algorithms_are_those_of_the_library_with_a_public_key() -> None:
     """So that a new one is looked at before it counts."""
     public = {name for name, model in JWSRegistry.algorithms.items() if model.key_type != "oct"}
-    assert public - ALGORITHMS == {"ES256K", "Ed25519", "Ed448"}
-    assert public >= ALGORITHMS
-    assert {algorithm_of(make()) for make in KEYS.values()} < ALGORITHMS
+    assert public - SIGNATURE_ALGORITHMS == {"ES256K", "Ed25519", "Ed448"}
+    assert public >= SIGNATURE_ALGORITHMS
+    assert {algorithm_of(make()) for make in KEYS.values()} < SIGNATURE_ALGORITHMS

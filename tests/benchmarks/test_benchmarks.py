@@ -139,7 +139,8 @@ def test_targets_are_marked_by_what_was_measured() -> None:
     assert marks["small GET, 256 connections: requests per second", "≥ 0.65 × Envoy"] is False
     assert marks["download: bytes per second", "≥ 0.6 × without a proxy"] is True
     assert marks["CPU time until the first answer, all processes", "< 1.5 s"] is True
-    assert sum("requests per second" in title for title, _ in marks) == 8
+    assert sum("requests per second" in title for title, _ in marks) == 12
+    assert marks["20 KB POST, 32 connections, no audit: requests per second", "≥ 0.8 × the bare forwarder"] is False
 
 
 def test_a_peer_that_took_no_part_leaves_its_ratios_out() -> None:

@@ -93,11 +93,24 @@ class Shown(NamedTuple):
     headers: Pairs
 
 
+class _InOnePiece(http.client.HTTPConnection):
+    """Holds a request back until it is complete: head and body leave together."""
+
+    _held = b""
+
+    def send(self, data: Any) -> None:
+        self._held += data
+
+    def flush(self) -> None:
+        held, self._held = self._held, b""
+        super().send(held)
+
+
 class Peer:
     """One kept connection to the proxy, from an address of this machine; sends paths and headers as they are given."""
 
     def __init__(self, port: int, address: str, note: Callable[[Pairs], None]) -> None:
-        self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60, source_address=(address, 0))
+        self._connection = _InOnePiece("127.0.0.1", port, timeout=60, source_address=(address, 0))
         self._note = note
 
     def call(self, method: str, path: str, headers: Iterable[tuple[str, str]] = (), body: bytes = b"") -> Answer:
@@ -105,13 +118,14 @@ class Peer:
         pairs = tuple(headers)
         self._note(pairs)
         connection = self._connection
-        connection.putrequest(method, path, skip_accept_encoding=True)
-        for name, value in pairs:
-            connection.putheader(name, value.encode("utf-8"))
-        if body or method in ("POST", "PUT", "PATCH"):
-            connection.putheader("Content-Length", str(len(body)))
-        connection.endheaders(body or None)
         try:
+            connection.putrequest(method, path, skip_accept_encoding=True)
+            for name, value in pairs:
+                connection.putheader(name, value.encode("utf-8"))
+            if body or method in ("POST", "PUT", "PATCH"):
+                connection.putheader("Content-Length", str(len(body)))
+            connection.endheaders(body or None)
+            connection.flush()
             response = connection.getresponse()
             return Answer(response.status, response.getheaders(), response.read())
         except BaseException:
@@ -129,8 +143,9 @@ class Peer:
 class KeyPlace(Documents):
     """The place of a region's public keys, and what its load balancers sign."""
 
-    def __init__(self) -> None:
+    def __init__(self, issuer: str) -> None:
         super().__init__()
+        self.issuer = issuer  # where its load balancers sign people in
         self.kid, self.key = self.publish(ECKey.generate_key("P-256"))
 
     def publish(self, key: Key) -> tuple[str, Key]:
@@ -145,7 +160,7 @@ class KeyPlace(Documents):
             "typ": "JWT",
             "kid": self.kid,
             "alg": "ES256",
-            "iss": "https://idp.example.com",
+            "iss": self.issuer,
             "client": "alb",
         }
         whole |= {"signer": LOAD_BALANCER, "exp": until} | header
@@ -287,7 +302,7 @@ def site(sagemaker: LocalSageMaker, folder: Path) -> Iterator[Site]:
     audit = folder / "audit.jsonl"
     echo = Upstream()
     try:
-        with mock_provider() as provider, KeyPlace() as places:
+        with mock_provider() as provider, KeyPlace(provider.issuer) as places:
             sections: dict[str, Table] = {
                 "access": {"keys_file": str(folder / "keys")},
                 "oidc": {
@@ -295,7 +310,12 @@ def site(sagemaker: LocalSageMaker, folder: Path) -> Iterator[Site]:
                     "client_secret_file": str(folder / "client-secret"),
                     "session_secret_file": str(folder / "session-secret"),
                 },
-                "load_balancer": {"arn": LOAD_BALANCER, "key_endpoint": places.url, "groups_claim": "groups"},
+                "load_balancer": {
+                    "arn": LOAD_BALANCER,
+                    "key_endpoint": places.url,
+                    "issuer": provider.issuer,
+                    "groups_claim": "groups",
+                },
                 "certificates": {"subject_header": SUBJECT_HEADER, "verify_header": VERIFY_HEADER},
                 "limits": {"caller_rate": f"{CALLER_RATE}/minute", "auth_failure_rate": f"{FAILURE_RATE}/minute"},
                 "audit": {"to": str(audit)},

@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from tests.access.provider import MockProvider, mock_provider
+from tests.access.provider import Issuer, MockProvider, mock_provider
 from tests.faults.proxies import free_port
 from tests.integration.conftest import targets_of
 from tests.integration.test_commands import config, run
@@ -104,6 +104,19 @@ session_tags = true
     assert "roles that [[roles]] does not have: gone" in output
     assert "sts:TagSession" in output
     assert mark(output, "credentials") == "✓"
+
+
+def test_a_provider_whose_keys_are_at_an_address_of_their_own(tmp_path: Path, sagemaker: LocalSageMaker) -> None:
+    """It needs no discovery, but where people sign in."""
+    with Issuer() as issuer:
+        del issuer.answers["/.well-known/openid-configuration"]
+        oidc = f'[oidc]\nissuer = "{issuer.url}"\naudience = ["mlflow"]\njwks_url = "{issuer.url}/jwks"\n'
+        roles = '[[roles]]\nname = "writer"\ntargets = ["*"]\nallow = ["*"]\n'
+        code, output = checked(tmp_path, sagemaker, oidc + roles)
+        assert (code, mark(output, "OIDC provider")) == (0, "✓"), output
+        code, output = checked(tmp_path, sagemaker, f'{oidc}client_id = "mlflow"\n{roles}')
+        assert (code, mark(output, "OIDC provider")) == (1, "✗"), output
+        assert "/.well-known/openid-configuration answers 404" in output
 
 
 def test_no_key_yet(tmp_path: Path, sagemaker: LocalSageMaker) -> None:

@@ -50,7 +50,7 @@ ROOT_FIELDS = {
 # to a root field that needs the same action anyway.
 NESTED_FIELDS = {"experiment": "GetExperiment", "modelVersions": "SearchModelVersions"}
 
-_BODY_LIMIT = 256 * 1024
+BODY_LIMIT = 256 * 1024
 _DOCUMENT_LIMIT = 16 * 1024  # characters; the largest query of MLflow 3.17's UI has about 1,500
 _TOKEN_LIMIT = 400  # that query has 120
 _MOST_ACTIONS = 20  # MLflow itself answers ten root fields at the most
@@ -70,8 +70,8 @@ def actions_of(method: str, content_type: str, query: str, body: bytes) -> tuple
         raise _bad("MLflow reads GraphQL queries from the body only. Leave them out of the URL.")
     if content_type.partition(";")[0].strip().lower() != "application/json":
         raise _bad("A GraphQL request is JSON: send Content-Type: application/json.")
-    if len(body) > _BODY_LIMIT:
-        raise _bad(f"The GraphQL request is larger than {_BODY_LIMIT} bytes. Use the REST API.")
+    if len(body) > BODY_LIMIT:
+        raise _bad(f"The GraphQL request is larger than {BODY_LIMIT} bytes. Use the REST API.")
     return _actions_in(method, _document(body))
 
 
@@ -109,16 +109,14 @@ def _actions_in(method: str, document: str) -> tuple[str, ...]:
         enter(operation.selection_set, is_root=True)
     while waiting:
         node, is_root = waiting.pop()
-        if len(actions) > _MOST_ACTIONS:
-            raise _bad(
-                f"The GraphQL document needs more than {_MOST_ACTIONS} different actions. Send several requests."
-            )
         if isinstance(node, FieldNode):
             name = node.name.value
             if is_root:
                 actions[ROOT_FIELDS.get(name) or f"Unknown:{method} /graphql {name[:_NAME_LENGTH]}"] = None
             elif name in NESTED_FIELDS:
                 actions[NESTED_FIELDS[name]] = None
+            if len(actions) > _MOST_ACTIONS:
+                raise _bad(f"The GraphQL document needs more than {_MOST_ACTIONS} different actions. Send several.")
             if node.selection_set:
                 enter(node.selection_set, is_root=False)
         elif isinstance(node, InlineFragmentNode):
