@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tempfile
 import tomllib
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from playwright.sync_api import Browser, expect
@@ -15,6 +16,8 @@ from tests.browser.mlflow_ui import open_run, show_charts
 from tests.browser.seed import seed
 from tests.faults.proxies import running
 
+from mlflow_proxy.access.key_file import change_keys
+from mlflow_proxy.access.key_record import make_key
 from mlflow_proxy.local import LocalSageMaker
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
@@ -26,20 +29,29 @@ def main() -> None:
     IMAGES.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="screenshots-") as folder, LocalSageMaker(Path(folder)) as sagemaker:
         targets = tomllib.loads(sagemaker.proxy_toml())["targets"]
-        proxy = running(
-            Path(folder) / "proxy", targets, server={"public_url": PUBLIC_URL}, environ=sagemaker.environment()
+        now = datetime.now(UTC)
+        key, line = make_key("alice", "scientist", created=now, expires=now + timedelta(days=1))
+        with change_keys(Path(folder) / "keys.jsonl", create=True) as kept:
+            kept.append(line)
+        guarded = running(
+            Path(folder) / "guarded",
+            targets,
+            server={"public_url": PUBLIC_URL},
+            sections={"access": {"keys_file": str(Path(folder) / "keys.jsonl")}},
+            roles=[{"name": "scientist", "targets": ["*"], "allow": ["*", "CreatePresigned*"]}],
+            environ=sagemaker.environment(),
         )
-        with proxy as serving, chromium() as browser:
-            origin = f"http://127.0.0.1:{serving.port}"
-            overview(browser, origin)
-            ui(browser, origin)
+        with guarded as serving, chromium() as browser:
+            overview(browser, f"http://127.0.0.1:{serving.port}", key)
+        with running(Path(folder) / "open", targets, environ=sagemaker.environment()) as serving, chromium() as browser:
+            ui(browser, f"http://127.0.0.1:{serving.port}")
     for image in sorted(IMAGES.glob("*.png")):
         print(f"{image.relative_to(Path.cwd())}: {image.stat().st_size >> 10} KB")
 
 
-def overview(browser: Browser, origin: str) -> None:
-    """The overview page with both targets ready."""
-    with context(browser, (1120, 480)) as profile:
+def overview(browser: Browser, origin: str, key: str) -> None:
+    """The overview page with both targets ready, for somebody with a key."""
+    with context(browser, (1120, 540), http_credentials={"username": "any", "password": key}) as profile:
         page = profile.new_page()
         page.goto(f"{origin}/-/")
         expect(page.get_by_text("All targets are ready.")).to_be_visible()
