@@ -601,6 +601,8 @@ PUBLIC = Server(public_url="https://Pub.example:443")
         ([("origin", "http://localhost:8081")], False),
         ([("origin", "https://evil.example")], False),
         ([("origin", "null")], False),
+        ([("sec-fetch-site", "same-origin"), ("origin", "null")], True),
+        ([("sec-fetch-site", "cross-site"), ("origin", "null")], False),
         ([("origin", "")], False),
         ([("origin", "http://localhost:8080"), ("origin", "https://evil.example")], False),
     ],
