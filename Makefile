@@ -9,7 +9,7 @@ PORT ?= 8080
 UV := .venv/bin/uv
 export UV_NO_PROGRESS ?= 1
 
-.PHONY: help demo test test-infra bench lint types format lock compat clean
+.PHONY: help demo test deploy destroy cost bench lint types format lock compat clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | while IFS=$$'\t' read -r t d; do printf '  make %-10s %s\n' "$$t" "$$d"; done
@@ -17,13 +17,18 @@ help: ## show this list
 demo: .venv/.local ## the proxy on http://127.0.0.1:8080 before a local SageMaker MLflow; Ctrl-C ends it
 	@exec .venv/bin/mlflow-proxy demo --port $(PORT)
 
-test: .venv/.dev ## set everything up and run all tests
+test: .venv/.dev infra/node_modules/.ready ## set everything up and run all tests
 	@scripts/system-packages test
-	.venv/bin/python -m pytest $(PYTEST_ARGS)
+	PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/python -m pytest $(PYTEST_ARGS)
 
-test-infra: .venv/.infra ## the AWS CDK application: types, rules, and a rehearsal against a local CloudFormation
-	PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/mypy infra tests/infra
-	PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/python -m pytest tests/infra $(PYTEST_ARGS)
+deploy: .venv/.infra infra/node_modules/.ready ## into AWS: make deploy MLFLOW_TYPE=tracking|serverless [STACK_ENV=dev|prod] [BOOTSTRAP=yes] [CONTEXT="name=value …"]
+	@PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/python -m infra.commands.deploy
+
+destroy: .venv/.infra ## out of AWS, what AWS retains too: make destroy MLFLOW_TYPE=tracking|serverless [DRY_RUN=1]
+	@PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/python -m infra.commands.destroy
+
+cost: .venv/.infra ## what a deployment costs in a month, by option; no network
+	@.venv/bin/python -m infra.commands.cost
 
 bench: .venv/.dev .venv/.bench ## compare speed and size with Envoy, nginx and the naive design; writes docs/performance.md
 	@scripts/system-packages bench
@@ -44,7 +49,7 @@ compat: .venv/.dev ## the client lifecycle against MLflow servers 2.16, 3.0 and 
 	.venv/bin/python -m pytest tests/compat $(PYTEST_ARGS)
 
 lock: .venv/.uv ## rewrite the lock files from pyproject.toml
-	for set in base:"" local:"--extra local" dev:"--extra local --extra tracing --group dev" bench:"--group bench" infra:"--group infra"; do \
+	for set in base:"" local:"--extra local" dev:"--extra local --extra tracing --group dev --group infra" bench:"--group bench" infra:"--group infra -c requirements/dev.txt"; do \
 	  $(UV) pip compile -q --generate-hashes --no-header --no-annotate --no-emit-index-url --python-version 3.11 --universal \
 	    pyproject.toml $${set#*:} -o requirements/$${set%%:*}.txt $(LOCK_ARGS); done
 
@@ -70,9 +75,14 @@ clean: ## remove what the commands above made
 	@$(UV) pip install --python .venv/bin/python -q --no-deps -e .
 	@touch $@ .venv/.local
 
-.venv/.infra: .venv/.dev requirements/infra.txt infra/package-lock.json
-	@echo "Installing the CDK application and its tools …"
-	@$(UV) pip install --python .venv/bin/python -q --require-hashes -r requirements/infra.txt
+.venv/.infra: .venv/.uv requirements/infra.txt pyproject.toml
+	@if [ ! -e .venv/.dev ]; then echo "Installing the CDK application and its tools …"; \
+	  $(UV) pip install --python .venv/bin/python -q --require-hashes -r requirements/infra.txt; $(UV) pip install --python .venv/bin/python -q --no-deps -e .; fi
+	@touch $@
+
+# Node.js comes from PyPI with either set.
+infra/node_modules/.ready: infra/package-lock.json | $(if $(wildcard .venv/.dev),.venv/.dev,.venv/.infra)
+	@echo "Installing the CDK command line …"
 	@cd infra && PATH="$(CURDIR)/.venv/bin:$$PATH" npm ci --silent --no-audit --no-fund
 	@touch $@
 
