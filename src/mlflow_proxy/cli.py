@@ -1,11 +1,12 @@
-"""The command line: serve, check, keys, ui, local, demo, options."""
+"""The command line: serve, check, validate, keys, ui, local, demo, options."""
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 import click
 
@@ -21,6 +22,7 @@ _CONFIG = click.option(
     envvar="MLFLOW_PROXY_CONFIG",
     help="TOML file with the configuration (see docs/configuration.md).",
 )
+_FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -57,6 +59,55 @@ def check(config: Path | None, name: str | None) -> None:
     from mlflow_proxy.check import run
 
     sys.exit(0 if run(_load(config), name) else 1)
+
+
+@main.command()
+@click.option("--url", required=True, help="Address of the deployment, https://… or https://…/t/<target>.")
+@click.option("--target", help="Name of the target; default: the proxy's own.")
+@click.option("--ca", type=_FILE, help="PEM file to trust instead of the system's CAs.")
+@click.option("--key-file", type=click.File(), help="File with an API key; - is standard input. Or MLFLOW_PROXY_KEY.")
+@click.option("--token-file", type=click.File(), help="File with a bearer token. Or MLFLOW_TRACKING_TOKEN.")
+@click.option("--client-cert", type=_FILE, help="PEM file with a client certificate, for mTLS.")
+@click.option("--client-key", type=_FILE, help="PEM file with its key, if that is not in the same file.")
+@click.option("--read-only", is_flag=True, help="Make nothing; a reader's key will do.")
+@click.option("--timeout", type=click.FloatRange(0.1, 600), default=30.0, show_default=True, help="Seconds per call.")
+@click.option("--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
+@click.option("--wait", type=click.FloatRange(0, 7200), default=0.0, help="Seconds to wait until it is healthy.")
+def validate(
+    *,
+    url: str,
+    target: str | None,
+    ca: Path | None,
+    key_file: TextIO | None,
+    token_file: TextIO | None,
+    client_cert: Path | None,
+    client_key: Path | None,
+    read_only: bool,
+    timeout: float,
+    output: str,
+    wait: float,
+) -> None:
+    """Try a live deployment as its callers use it, and remove what that made. Exit code 0: all well, 1: something
+    failed, 2: not reachable.
+    """
+    from mlflow_proxy.validate import run
+    from mlflow_proxy.validate.deployment import Mistake, deployment
+
+    try:
+        found = deployment(
+            url,
+            target=target,
+            key=None if key_file is None else key_file.read(),
+            token=None if token_file is None else token_file.read(),
+            environ=os.environ,
+            ca=ca,
+            client_cert=client_cert,
+            client_key=client_key,
+            timeout=timeout,
+        )
+    except (Mistake, UnicodeDecodeError) as mistake:
+        raise click.UsageError(str(mistake) if isinstance(mistake, Mistake) else "the key's file is not text") from None
+    sys.exit(run(found, read_only=read_only, as_json=output == "json", wait=wait))
 
 
 @main.command()

@@ -212,9 +212,10 @@ def rotate(
 def _place(config: Path | None, file: Path | None) -> _Place:
     """What the options and the configuration say. Raises ClickException."""
     from mlflow_proxy import configuration  # slow to import, and `--help` needs none of it
-    from mlflow_proxy.settings import ENV_PREFIX, Audit
+    from mlflow_proxy.settings import ENV_PREFIX, KEY_VARIABLE, Audit
 
-    if config is None and (file is not None or not any(name.startswith(ENV_PREFIX) for name in os.environ)):
+    configured = any(name.startswith(ENV_PREFIX) and name != KEY_VARIABLE for name in os.environ)
+    if config is None and (file is not None or not configured):
         if file is None:
             raise click.UsageError("name the configuration with --config, or a keys file with --file")
         return _Place(file, _stream(Audit().to), None)

@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails
 
 from mlflow_proxy.access.mistakes import access_problems, identifies
 from mlflow_proxy.options import options, sections
-from mlflow_proxy.settings import CONFIG_VARIABLE, ENV_PREFIX, Settings, is_loopback
+from mlflow_proxy.settings import CONFIG_VARIABLE, ENV_PREFIX, KEY_VARIABLE, Settings, is_loopback
 from mlflow_proxy.targets import TargetError, parse_endpoint
 
 
@@ -39,6 +39,7 @@ def unknown_variables(environ: Mapping[str, str]) -> Iterator[str]:
     """Variables with the proxy's prefix that set nothing."""
     known = {option.variable for option in options() if option.variable} | {
         CONFIG_VARIABLE,
+        KEY_VARIABLE,
         *(f"{ENV_PREFIX}{name}".upper() for name in Settings.model_fields),
     }
     for name in sorted(environ):

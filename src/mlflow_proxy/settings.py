@@ -21,6 +21,8 @@ from mlflow_proxy.targets import TARGET_NAME, Target, default_endpoint, parse_ar
 
 ENV_PREFIX = "MLFLOW_PROXY_"
 CONFIG_VARIABLE = "MLFLOW_PROXY_CONFIG"
+# A caller's, for `mlflow-proxy validate`.
+KEY_VARIABLE = "MLFLOW_PROXY_KEY"
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 Seconds = Annotated[float, Field(gt=0, le=3600)]

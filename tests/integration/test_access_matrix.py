@@ -81,17 +81,18 @@ OWN = {
     "ready": Ask("GET", "/-/ready", "proxy:GetReadiness"),
     "metrics": Ask("GET", "/-/metrics", "proxy:GetMetrics"),
     "version": Ask("GET", "/-/version", ""),
+    "whoami": Ask("GET", "/-/whoami", ""),
 }
 
 _READING = {"read", "list", "search", "page", "graphql", "graphql versions", "ajax read", "ajax search"}
 _WRITING = {"write", "delete", "ajax write"}
 _UNKNOWN = {"unknown", "unknown write", "graphql unknown"}
-_SOME: dict[str, set[str]] = {"tracking": set(), "app": set(), "own": {"version"}}
+_SOME: dict[str, set[str]] = {"tracking": set(), "app": set(), "own": {"version", "whoami"}}
 
 # What each role may, per target. Everything else is 403.
 MAY: dict[str, dict[str, set[str]]] = {
-    "reader": {"tracking": _READING, "app": _READING, "own": {"version", "ready"}},
-    "writer": {"tracking": _READING | _WRITING, "app": _READING | _WRITING, "own": {"version"}},
+    "reader": {"tracking": _READING, "app": _READING, "own": {"version", "whoami", "ready"}},
+    "writer": {"tracking": _READING | _WRITING, "app": _READING | _WRITING, "own": {"version", "whoami"}},
     "admin": {
         "tracking": _READING | _WRITING | _UNKNOWN | {"link"},
         "app": _READING | _WRITING | _UNKNOWN | {"link"},
@@ -100,7 +101,7 @@ MAY: dict[str, dict[str, set[str]]] = {
     "careful": {
         "tracking": (_READING | _WRITING | _UNKNOWN) - {"delete", "graphql versions"},
         "app": (_READING | _WRITING | _UNKNOWN) - {"delete", "graphql versions"},
-        "own": {"version"},  # the others take a role for all targets
+        "own": {"version", "whoami"},  # the others take a role for all targets
     },
     "guest": _SOME | {"app": {"read", "graphql", "ajax read"}},
     "nobody": _SOME | {"own": set()},

@@ -23,6 +23,7 @@ class OwnPage(NamedTuple):
 _PAGES = {
     "/-/": OwnPage("/-/"),
     "/-/version": OwnPage("/-/version"),
+    "/-/whoami": OwnPage("/-/whoami"),
     "/-/ready": OwnPage("/-/ready", f"{OWN_PREFIX}GetReadiness"),
     "/-/metrics": OwnPage("/-/metrics", f"{OWN_PREFIX}GetMetrics"),
     "/-/sign-in": OwnPage("/-/sign-in", stranger=True),

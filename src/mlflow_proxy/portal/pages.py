@@ -1,4 +1,4 @@
-"""Overview, readiness and version."""
+"""Overview, readiness, version, and who the caller is."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ def blueprint(portal: Portal) -> Blueprint:
     pages = Blueprint("pages", __name__, template_folder="templates", url_prefix="/-")
 
     parts = portal.parts
+    all_targets = parts.settings.build_targets()
 
     @pages.get("/")
     def overview() -> str:
@@ -60,5 +61,22 @@ def blueprint(portal: Portal) -> Blueprint:
     def version() -> Response:
         """The versions of proxy and Python."""
         return jsonify({"version": __version__, "python": platform.python_version()})
+
+    @pages.get("/whoami")
+    def whoami() -> Response:
+        """Whom the proxy takes the caller for, and the targets they may know of, for programs. Asks no target."""
+        caller, policy = g.visit.caller, parts.policy
+        visible = policy.visible(caller)
+        targets = {
+            target.name: {
+                "mode": target.arn.mode.resource_type,
+                "default": parts.routes.is_default(target.name),
+                "ui_link": policy.allows_link(caller, target.name),
+            }
+            for target in all_targets
+            if target.name in visible
+        }
+        roles = policy.role_names(caller)
+        return jsonify({"caller": caller.subject, "way": caller.way, "roles": roles, "targets": targets})
 
     return pages
