@@ -1,4 +1,4 @@
-"""What all tests share: one local SageMaker for the whole session, because it takes seconds to start."""
+"""What all tests share: one local SageMaker for the session, because it takes seconds to start; two halves side by side."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,3 +14,15 @@ def sagemaker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalSageMak
     state: Path = tmp_path_factory.mktemp("sagemaker")
     with LocalSageMaker(state, cross_account=True) as running:
         yield running
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With `-n 2 --dist loadgroup` the service's tests run in one process, those of its deployment in another.
+
+    Each half keeps its order and its session's fixtures, and nothing that one of them uses is the other's.
+    """
+    here = Path(__file__).parent
+    deployment = (here / "infra", here / "deploy")
+    for item in items:
+        is_deployment = any(item.path.is_relative_to(folder) for folder in deployment)
+        item.add_marker(pytest.mark.xdist_group("deployment" if is_deployment else "service"))
