@@ -34,7 +34,7 @@ from mlflow_proxy.errors import Refusal
 from mlflow_proxy.local import Fault, LocalSageMaker
 from mlflow_proxy.relay import DROPPED_HEADERS, rewrite_location
 from mlflow_proxy.requests import PASSED_HEADERS, SINGLE_HEADERS
-from mlflow_proxy.settings import CONFIG_VARIABLE
+from mlflow_proxy.settings import CONFIG_VARIABLE, KEY_VARIABLE
 from mlflow_proxy.targets import Mode, default_endpoint, parse_arn, parse_endpoint
 from mlflow_proxy.telemetry.audit import AuditLog
 from mlflow_proxy.telemetry.metrics import FAMILIES, LIMITS, PREFIX, UPSTREAM_ERRORS
@@ -158,7 +158,7 @@ def test_options_that_are_named_exist(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_variables_that_are_named_exist(name: str) -> None:
-    known = {option.variable for option in options.options()} | {CONFIG_VARIABLE}
+    known = {option.variable for option in options.options()} | {CONFIG_VARIABLE, KEY_VARIABLE}
     known |= {f"{settings.ENV_PREFIX}{section}".upper() for section in settings.Settings.model_fields}
     text = re.sub(r"^```text\n.*?^```$", "", read(name), flags=re.MULTILINE | re.DOTALL)
     named = set(re.findall(rf"{settings.ENV_PREFIX}[A-Z_]+", text))
@@ -586,11 +586,23 @@ def test_make_targets_exist(name: str) -> None:
     assert set(re.findall(r"(?:^|`)make ([a-z-]+)", text, re.MULTILINE)) <= targets
 
 
-@pytest.mark.parametrize("name", ["docs/architecture.md", "docs/dependencies.md", "SECURITY.md"])
+@pytest.mark.parametrize("name", ["docs/architecture.md", "docs/dependencies.md", "docs/security.md"])
 def test_modules_exist(name: str) -> None:
     modules = set(re.findall(r"(?<![\w/])(?:[a-z_0-9]+/)*[a-z_0-9]+\.py\b", read(name)))
     assert modules
-    assert [module for module in modules if not ((SOURCE / module).exists() or (ROOT / module).exists())] == []
+    places = (SOURCE, ROOT, ROOT / "infra")
+    assert [module for module in modules if not any((place / module).exists() for place in places)] == []
+
+
+def test_each_control_has_a_test_that_exists() -> None:
+    page = read("docs/security.md").split("\n## Threats, controls, tests\n")[1].split("\n## ")[0]
+    controls = rows(page)
+    assert len(controls) > 50
+    for control, _, shown in controls:
+        tests = re.findall(r"\[`(\w+)`\]\(\.\./(tests/[^)]+\.py)\)", shown)
+        assert tests, control
+        for function, file in tests:
+            assert re.search(rf"^ *(async )?def {function}\(", read(file), re.MULTILINE), f"{file}::{function}"
 
 
 def test_every_module_has_its_place_in_the_architecture() -> None:
