@@ -49,9 +49,11 @@ compat: .venv/.dev ## the client lifecycle against MLflow servers 2.16, 3.0 and 
 	.venv/bin/python -m pytest tests/compat $(PYTEST_ARGS)
 
 lock: .venv/.uv ## rewrite the lock files from pyproject.toml
-	for set in base:"" local:"--extra local" dev:"--extra local --extra tracing --group dev --group infra" bench:"--group bench" infra:"--group infra -c requirements/dev.txt"; do \
+	for set in base:"" tracing:"--extra tracing -c requirements/base.txt" local:"--extra local" dev:"--extra local --extra tracing --group dev --group infra" bench:"--group bench" infra:"--group infra -c requirements/dev.txt"; do \
 	  $(UV) pip compile -q --generate-hashes --no-header --no-annotate --no-emit-index-url --python-version 3.11 --universal \
 	    pyproject.toml $${set#*:} -o requirements/$${set%%:*}.txt $(LOCK_ARGS); done
+	$(UV) pip compile -q --generate-hashes --no-header --no-annotate --no-emit-index-url --python-version 3.11 --universal \
+	  deploy/container/tools.in -o deploy/container/tools.txt $(LOCK_ARGS)
 
 clean: ## remove what the commands above made
 	rm -rf .venv .venv-* infra/node_modules .cache build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
