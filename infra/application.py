@@ -12,49 +12,51 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from hashlib import sha256
-from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 LAMBDA_RUNTIME = "python3.14"
-# Of Ubuntu 24.04, which has Python 3.12 and glibc 2.39.
+# Of Ubuntu 24.04, which has it without pip and ensurepip; and a host may reach no package index.
 _HOST_PYTHON = "3.12"
 _MACHINES = {"arm64": "aarch64", "x86_64": "x86_64"}
-_HOST_GLIBC = ("manylinux_2_39", "manylinux_2_34", "manylinux_2_28", "manylinux2014")
-_LAMBDA_GLIBC = ("manylinux_2_34", "manylinux_2_28", "manylinux2014")
+_GLIBC = ("manylinux_2_34", "manylinux_2_28", "manylinux2014")
 _LOCK = "requirements/base.txt"
+_LOCK_WITH_TRACING = "requirements/tracing.txt"
 _HANDLER = "infra/certificate/handler.py"
-_NOT_FOR_HOSTS = ("container", "helm", "nginx")
+_NOT_FOR_HOSTS = ("container", "grafana", "helm", "nginx", "wheelhouse.py", "__pycache__")
 
 
 class BuildError(Exception):
     """Something that is sent to AWS could not be built. The message says what to do."""
 
 
-def build_application(architecture: str, root: Path = ROOT) -> Path:
+def build_application(architecture: str, root: Path = ROOT, *, tracing: bool = False) -> Path:
     """A folder with `deploy/install.sh`, and in `wheelhouse/` this package and all it needs, pip included.
 
-    `root` is the repository's folder. Raises BuildError.
+    `requirements.txt` there is the lock file; `tracing` adds the extra of that name. `root` is the repository's folder.
+    Raises BuildError.
     """
-    deploy, lock = root / "deploy", root / _LOCK
+    deploy, base, wanted = root / "deploy", root / _LOCK, root / (_LOCK_WITH_TRACING if tracing else _LOCK)
     if not (deploy / "install.sh").is_file():
         raise BuildError(
             "deploy/install.sh is missing, which hosts are set up with; restore it, or take compute=fargate"
         )
 
     def make(folder: Path) -> None:
-        wheels = folder / "wheelhouse"
-        _pip("wheel", "--no-deps", "--wheel-dir", str(wheels), str(root))
-        # Ubuntu's Python comes without pip and ensurepip, and a host may reach no package index.
-        for what in (["--require-hashes", "-r", str(lock)], [f"pip=={version('pip')}"]):
-            _pip("download", "--dest", str(wheels), *_target(architecture, _HOST_PYTHON, _HOST_GLIBC), *what)
-        # These are for other ways to run the proxy; a change in them must not replace hosts.
-        shutil.copytree(deploy, folder / "deploy", ignore=shutil.ignore_patterns(*_NOT_FOR_HOSTS))
-        shutil.copy(lock, folder / "requirements.txt")
+        machine = _MACHINES[architecture]
+        _python(str(deploy / "wheelhouse.py"), str(folder), "--python", _HOST_PYTHON, "--machine", machine)
+        if tracing:
+            more = folder.with_suffix(".txt")
+            more.write_text("".join(sorted(set(_entries(wanted)) - set(_entries(base)))), "utf-8")
+            wheels, target = str(folder / "wheelhouse"), _target(architecture, _HOST_PYTHON)
+            _pip("download", "--no-deps", "--dest", wheels, *target, "--require-hashes", "-r", str(more))
+            more.unlink()
+            shutil.copy(wanted, folder / "requirements.txt")
 
     sources = [path for path in _files(root / "src") if "__pycache__" not in path.parts]
     setup = [path for path in _files(deploy) if path.relative_to(deploy).parts[0] not in _NOT_FOR_HOSTS]
-    return _built(root, f"application-{architecture}", [*sources, *setup, root / "pyproject.toml", lock], make)
+    inputs = [*sources, *setup, root / "pyproject.toml", base, wanted]
+    return _built(root, f"application-{architecture}", inputs, make)
 
 
 def build_certificate_function(architecture: str, root: Path = ROOT) -> Path:
@@ -63,8 +65,9 @@ def build_certificate_function(architecture: str, root: Path = ROOT) -> Path:
 
     def make(folder: Path) -> None:
         needed = folder.with_suffix(".txt")
-        needed.write_text("".join(_locked(lock, "cryptography", "cffi", "pycparser")), "utf-8")
-        target = _target(architecture, LAMBDA_RUNTIME.removeprefix("python"), _LAMBDA_GLIBC)
+        names = ("cryptography", "cffi", "pycparser")
+        needed.write_text("".join(one for one in _entries(lock) if one.split("==")[0] in names), "utf-8")
+        target = _target(architecture, LAMBDA_RUNTIME.removeprefix("python"))
         _pip("install", "--target", str(folder), "--no-compile", "--require-hashes", "-r", str(needed), *target)
         needed.unlink()
         shutil.copy(handler, folder)
@@ -87,26 +90,29 @@ def _built(root: Path, name: str, inputs: Iterable[Path], make: Callable[[Path],
         return folder
     stamp.unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder.parent.mkdir(exist_ok=True)
     make(folder)
     stamp.write_text(digest.hexdigest(), "utf-8")
     return folder
 
 
-def _target(architecture: str, python: str, glibc: Iterable[str]) -> list[str]:
-    machine = _MACHINES[architecture]
-    platforms = [option for one in glibc for option in ("--platform", f"{one}_{machine}")]
+def _target(architecture: str, python: str) -> list[str]:
+    platforms = [option for one in _GLIBC for option in ("--platform", f"{one}_{_MACHINES[architecture]}")]
     return ["--only-binary", ":all:", "--python-version", python, "--implementation", "cp", *platforms]
 
 
-def _locked(lock: Path, *names: str) -> list[str]:
-    """A lock file's entries of some packages, with their hashes."""
-    entries = re.split(r"(?m)^(?=[a-z0-9])", lock.read_text("utf-8"))
-    return [entry for entry in entries if entry.split("==")[0] in names]
+def _entries(lock: Path) -> list[str]:
+    """A lock file's entries, each with its hashes."""
+    return [entry for entry in re.split(r"(?m)^(?=[a-z0-9])", lock.read_text("utf-8")) if entry.strip()]
 
 
 def _pip(*arguments: str) -> None:
-    command = [sys.executable, "-m", "pip", arguments[0], "--quiet", "--disable-pip-version-check", *arguments[1:]]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    _python("-m", "pip", arguments[0], "--quiet", "--disable-pip-version-check", *arguments[1:])
+
+
+def _python(*arguments: str) -> None:
+    """Run this Python, for pip above all. Raises BuildError with what it says."""
+    result = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)  # noqa: S603
     if result.returncode:
-        raise BuildError(f"pip {arguments[0]} failed; is the package index reachable?\n{result.stderr.strip()}")
+        what = " ".join(arguments[:3])
+        raise BuildError(f"{what} failed; is the package index reachable?\n{result.stderr.strip()}")

@@ -50,7 +50,7 @@ class HostsOnEc2(Construct):
         super().__init__(scope, id)
         permissions.allow_sessions()
         permissions.allow_logs(log_group.log_group_arn)
-        folder = settings.application or application.build_application(settings.architecture)
+        folder = settings.application or application.build_application(settings.architecture, tracing=settings.traces)
         asset = assets.Asset(self, "Application", path=str(folder))
         permissions.allow_object(asset.s3_bucket_name, asset.s3_object_key)
         user_data = ec2.UserData.for_linux(shebang=_SHEBANG)
@@ -120,7 +120,10 @@ class HostsOnEc2(Construct):
             notifications=[autoscaling.NotificationConfiguration(topic=topic)],
             group_metrics=[autoscaling.GroupMetrics.all()],
         )
-        # The load balancer sends nothing new to a host that goes; this gives it the time to end what is under way.
+        # A host that goes first leaves the load balancer, which sends it nothing new and waits for what is under way,
+        # drain_seconds at the most (EC2 Auto Scaling guide, "How lifecycle hooks work"). The hook then leaves it as
+        # long again, to end what holds on and to send the rest of its log. It ends by its time alone: a host that had
+        # to say "done" could also fail to.
         group.add_lifecycle_hook(
             "Drain",
             lifecycle_transition=autoscaling.LifecycleTransition.INSTANCE_TERMINATING,

@@ -22,6 +22,15 @@ _CPU = 512
 _MEMORY = 1024  # MiB
 # The most that Fargate waits before it ends a container.
 _STOP_SECONDS = 120
+# What may be written to beside the read-only root: the folder that workers share their counters in, and those of the
+# agent of ECS Exec. AWS does not support that agent with a read-only root; with these folders it works, as its users
+# report (aws/containers-roadmap, issue 1359).
+_WRITABLE = {
+    "tmp": "/tmp",  # noqa: S108
+    "agents": "/managed-agents",
+    "agent-state": "/var/lib/amazon/ssm",
+    "agent-logs": "/var/log/amazon/ssm",
+}
 _ECR = re.compile(r"(?P<account>[0-9]{12})\.dkr\.ecr\.(?P<region>[a-z0-9-]+)\.amazonaws\.com/(?P<name>[^:@]+)")
 
 
@@ -104,7 +113,7 @@ class TasksOnFargate(Construct):
                 else ecs.CpuArchitecture.X86_64,
                 operating_system_family=ecs.OperatingSystemFamily.LINUX,
             ),
-            volumes=[ecs.Volume(name="tmp")],
+            volumes=[ecs.Volume(name=name) for name in _WRITABLE],
         )
         container = task.add_container(
             "proxy",
@@ -123,8 +132,8 @@ class TasksOnFargate(Construct):
             "The execution role has the image's repository in it; it is named by its URI, as it may be elsewhere.",
             "@aws-cdk/aws-ecs:ecrImageRequiresPolicy",
         )
-        # Workers share their counters in a folder there.
-        container.add_mount_points(ecs.MountPoint(container_path="/tmp", source_volume="tmp", read_only=False))  # noqa: S108
+        for name, path in _WRITABLE.items():
+            container.add_mount_points(ecs.MountPoint(container_path=path, source_volume=name, read_only=False))
         acknowledge(
             task,
             "The variables are the proxy's configuration; all that is secret in it is named by the ARN of its secret.",

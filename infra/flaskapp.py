@@ -21,6 +21,9 @@ from infra.retention import log_group, removal
 from infra.settings import Settings
 from infra.shared_limits import SharedLimits
 
+# Where CertificateCommand saves what ValidateCommand trusts.
+_CERTIFICATE_FILE = "mlflow-proxy.pem"
+
 
 class FlaskappStack(cdk.Stack):
     """Puts the parts together; each is in a file of its own."""
@@ -72,6 +75,7 @@ class FlaskappStack(cdk.Stack):
             settings,
             load_balancer=front.balancer,
             target_group=front.target_group,
+            certificate_arn=front.certificate_arn,
             log_group=logs,
             topic=topic,
         )
@@ -110,10 +114,14 @@ class FlaskappStack(cdk.Stack):
         )
 
     def _outputs(self, front: LoadBalancer, target: MlflowTarget, keys: secretsmanager.Secret, shell: str) -> None:
+        trust = f" --ca {_CERTIFICATE_FILE}" if self._settings.self_signed else ""
         outputs = {
             "Url": (front.url, "What callers use as MLFLOW_TRACKING_URI"),
             "TargetArn": (target.arn, "The MLflow behind it"),
-            "ValidateCommand": (f"mlflow-proxy validate --url {front.url}", "Tries the deployment, call by call"),
+            "ValidateCommand": (
+                f"mlflow-proxy validate --url {front.url}{trust}",
+                "Tries the deployment, call by call, with the API key in MLFLOW_PROXY_KEY",
+            ),
             "ShellCommand": (shell, "Opens a shell where the proxy runs"),
             "KeysSecret": (keys.secret_arn, "The secret with the API keys"),
             "LoadBalancerHost": (front.balancer.load_balancer_dns_name, "What a DNS name of yours must lead to"),
@@ -121,7 +129,7 @@ class FlaskappStack(cdk.Stack):
         if self._settings.self_signed:
             command = (
                 f"aws acm get-certificate --region {self.region} --certificate-arn {front.certificate_arn} "
-                "--query Certificate --output text > mlflow-proxy.pem"
+                f"--query Certificate --output text > {_CERTIFICATE_FILE}"
             )
             outputs["CertificateCommand"] = (command, "Saves the self-signed certificate, for callers to trust")
         # TargetArn is another stack's, shown here too, because people look at this stack.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import aws_cdk as cdk
+from aws_cdk import aws_certificatemanager as acm
 from aws_cdk import aws_cloudwatch as cloudwatch
 from aws_cdk import aws_cloudwatch_actions as actions
 from aws_cdk import aws_elasticloadbalancingv2 as elbv2
@@ -14,6 +16,7 @@ from aws_cdk import aws_sns as sns
 from aws_cdk import aws_sns_subscriptions as subscriptions
 from constructs import Construct
 
+from infra.retention import encryption_key
 from infra.settings import Settings
 
 _NAMESPACE = "SageMakerMlflowProxy"
@@ -24,7 +27,11 @@ _ERRORS_IN_FIVE_MINUTES = 10
 _P99_SECONDS = 10
 _THROTTLED_IN_FIVE_MINUTES = 50
 _AUTH_FAILURES_IN_FIVE_MINUTES = 100
+# ACM renews what it issued 60 days before the end; what is still so old then, it could not renew, or does not.
+_CERTIFICATE_DAYS = 30
 _BAND_WIDTH = 3  # standard deviations
+# The role with which EC2 Auto Scaling tells of its events (its guide, "Service-linked roles").
+_SCALING_ROLE = "aws-service-role/autoscaling.amazonaws.com/AWSServiceRoleForAutoScaling"
 
 
 @dataclass(frozen=True)
@@ -51,20 +58,50 @@ _LINES = (
 
 
 class AlarmTopic(sns.Topic):
-    """The topic that alarms and scaling events go to."""
+    """The topic that alarms and scaling events go to: encrypted, and reached with TLS only."""
 
     def __init__(self, scope: Construct, id: str, settings: Settings) -> None:
-        super().__init__(scope, id, enforce_ssl=True, display_name=f"MLflow proxy, {settings.mlflow_type}")
+        # SNS's own key does not do: its policy, which cannot be changed, does not let alarms use it.
+        key = encryption_key(scope, f"{id}Key", settings, "Alarms of the MLflow proxy", holds_data=False)
+        super().__init__(
+            scope, id, enforce_ssl=True, master_key=key, display_name=f"MLflow proxy, {settings.mlflow_type}"
+        )
+        account = cdk.Stack.of(self).account
+        alarms = iam.ServicePrincipal("cloudwatch.amazonaws.com")
+        of_account = {"StringEquals": {"aws:SourceAccount": account}}
         # A policy of one's own takes the place of the default one, which lets the account's alarms publish.
         self.add_to_resource_policy(
             iam.PolicyStatement(
                 sid="Alarms",
-                principals=[iam.ServicePrincipal("cloudwatch.amazonaws.com")],
+                principals=[alarms],
                 actions=["sns:Publish"],
                 resources=[self.topic_arn],
-                conditions={"StringEquals": {"aws:SourceAccount": cdk.Stack.of(self).account}},
+                conditions=of_account,
             )
         )
+        # "*" in a key's policy is the key itself. Publishing takes both actions (SNS guide, "Key management").
+        encrypt: dict[str, Any] = {"actions": ["kms:Decrypt", "kms:GenerateDataKey"], "resources": ["*"]}
+        key.add_to_resource_policy(
+            iam.PolicyStatement(sid="Alarms", principals=[alarms], conditions=of_account, **encrypt)
+        )
+        if settings.compute == "ec2":
+            key.add_to_resource_policy(
+                # Named in a condition, because KMS refuses a policy whose principal does not exist, and AWS makes this
+                # role with an account's first Auto Scaling group. It publishes with rights of its own.
+                iam.PolicyStatement(
+                    sid="ScalingEvents",
+                    principals=[iam.AnyPrincipal()],
+                    conditions={
+                        "StringEquals": {
+                            "aws:PrincipalArn": cdk.Stack.of(self).format_arn(
+                                service="iam", region="", resource="role", resource_name=_SCALING_ROLE
+                            ),
+                            "kms:ViaService": f"sns.{cdk.Stack.of(self).region}.amazonaws.com",
+                        }
+                    },
+                    **encrypt,
+                )
+            )
         if settings.alarm_email is not None:
             self.add_subscription(subscriptions.EmailSubscription(settings.alarm_email))
 
@@ -80,11 +117,13 @@ class Monitoring(Construct):
         *,
         load_balancer: elbv2.ApplicationLoadBalancer,
         target_group: elbv2.ApplicationTargetGroup,
+        certificate_arn: str,
         log_group: logs.LogGroup,
         topic: sns.ITopic,
     ) -> None:
         super().__init__(scope, id)
         self._topic = topic
+        self._certificate = acm.Certificate.from_certificate_arn(self, "Certificate", certificate_arn)
         self._mode = settings.mlflow_type
         self._from_log = {line.id: self._filter(log_group, line) for line in _LINES}
         balancer = load_balancer.metrics
@@ -152,6 +191,21 @@ class Monitoring(Construct):
             _AUTH_FAILURES_IN_FIVE_MINUTES,
             "many requests with wrong credentials: a broken client, or somebody who guesses",
         )
+        self._certificate_alarm()
+
+    def _certificate_alarm(self) -> None:
+        alarm = cloudwatch.Alarm(
+            self,
+            "CertificateExpires",
+            metric=self._certificate.metric_days_to_expiry(),
+            threshold=_CERTIFICATE_DAYS,
+            evaluation_periods=1,
+            comparison_operator=cloudwatch.ComparisonOperator.LESS_THAN_OR_EQUAL_TO_THRESHOLD,
+            # ACM says nothing on a new certificate's first day, and nothing any more once it is over.
+            treat_missing_data=cloudwatch.TreatMissingData.IGNORE,
+            alarm_description=f"MLflow proxy ({self._mode}): the certificate ends within {_CERTIFICATE_DAYS} days",
+        )
+        self._tell(alarm)
 
     def _anomalies(self) -> None:
         for id_, metric, what in (

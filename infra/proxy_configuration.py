@@ -1,5 +1,6 @@
 """The proxy's configuration for a deployment, as proxy.toml for hosts and as environment variables for containers.
 
+It is what the stack decides, and what the setting `proxy_options` adds; that says nothing about what the stack decides.
 Values may be tokens of CDK, which CloudFormation fills in: so they are only ever put into texts, never looked into.
 """
 
@@ -80,6 +81,12 @@ def proxy_configuration(settings: Settings, deployment: Deployment) -> Configura
         }
     if settings.mtls_ca_bundle is not None:
         configuration["certificates"] = {"subject_header": _SUBJECT_HEADER}
+    for name, table in (settings.proxy_options or {}).items():
+        # What is not a table, or decided here, is a mistake, which proxy_options.py tells.
+        if name not in configuration:
+            configuration[name] = table
+        elif isinstance(table, dict) and isinstance(configuration[name], dict):
+            configuration[name] = table | configuration[name]
     return configuration
 
 
@@ -102,8 +109,23 @@ def as_environment(configuration: Configuration) -> dict[str, str]:
 
 
 def _tables(configuration: Configuration) -> Iterator[str]:
+    # What stands in no table must come before the first one.
     for name, value in configuration.items():
+        if not isinstance(value, dict | list):
+            yield f"{name} = {_toml_value(value)}"
+    for name, value in configuration.items():
+        if not isinstance(value, dict | list):
+            continue
         for table in value if isinstance(value, list) else [value]:
             header = f"[[{name}]]" if isinstance(value, list) else f"[{name}]"
-            # Texts, numbers, truth values and lists of texts are written in TOML as in JSON.
-            yield "\n".join([header, *(f"{option} = {json.dumps(one)}" for option, one in table.items())])
+            yield "\n".join([header, *(f"{option} = {_toml_value(one)}" for option, one in table.items())])
+
+
+def _toml_value(value: Any) -> str:
+    """Texts, numbers and truth values are written in TOML as in JSON; tables are not."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml_value, value))}]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(name)} = {_toml_value(one)}" for name, one in value.items()) + "}"
+    # TOML knows no surrogates, which JSON writes for some signs unless it may write the sign itself.
+    return json.dumps(value, ensure_ascii=False, default=str)

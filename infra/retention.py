@@ -33,15 +33,20 @@ def log_group(scope: Construct, id: str, settings: Settings) -> logs.LogGroup:
     return group
 
 
-def encryption_key(scope: Construct, id: str, settings: Settings, description: str) -> kms.Key:
-    """A key that rotates each year. A deleted one can be had back for a month in prod, for a week in dev."""
+def encryption_key(
+    scope: Construct, id: str, settings: Settings, description: str, *, holds_data: bool = True
+) -> kms.Key:
+    """A key that rotates each year. A deleted one can be had back for a month in prod, for a week in dev.
+
+    One that does not hold data goes with its stack: nothing would be lost with it.
+    """
     return kms.Key(
         scope,
         id,
         description=description,
         enable_key_rotation=True,
         pending_window=cdk.Duration.days(30 if settings.is_prod else 7),
-        removal_policy=removal(settings),
+        removal_policy=removal(settings) if holds_data else cdk.RemovalPolicy.DESTROY,
     )
 
 

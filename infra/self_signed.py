@@ -1,10 +1,13 @@
 """A self-signed certificate for the load balancer's own name, so that `dev` has HTTPS before anybody has a domain.
 
 A function makes it at deploy time, because the name is not known before; see `certificate/handler.py`. A certificate
-that the person who deploys makes and imports would need two deployments.
+that the person who deploys makes and imports would need two deployments. CloudFormation asks the function again when a
+property changes: so one names the quarter of the year, and the function renews what would not last.
 """
 
 from __future__ import annotations
+
+from datetime import UTC, datetime
 
 import aws_cdk as cdk
 from aws_cdk import aws_iam as iam
@@ -49,8 +52,8 @@ class SelfSignedCertificate(Construct):
         )
         role.add_to_policy(
             iam.PolicyStatement(
-                sid="Delete",
-                actions=["acm:DeleteCertificate"],
+                sid="Own",
+                actions=["acm:DeleteCertificate", "acm:DescribeCertificate"],
                 resources=[certificates],
                 conditions={"StringEquals": {f"aws:ResourceTag/{_TAG}": stack.stack_name}},
             )
@@ -84,6 +87,10 @@ class SelfSignedCertificate(Construct):
             resource_type="Custom::SelfSignedCertificate",
             service_token=function.function_arn,
             service_timeout=cdk.Duration.minutes(5),
-            properties={"Name": name, "Tags": {_TAG: stack.stack_name}},
+            properties={"Name": name, "Tags": {_TAG: stack.stack_name}, "Quarter": _quarter(datetime.now(UTC))},
         )
         self.arn = certificate.ref
+
+
+def _quarter(now: datetime) -> str:
+    return f"{now.year}-Q{(now.month + 2) // 3}"

@@ -9,13 +9,14 @@ from __future__ import annotations
 import difflib
 import json
 import re
+import tomllib
 import types
 from collections.abc import Callable, Iterator, Mapping
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from mlflow_proxy.access.mistakes import access_problems
 from mlflow_proxy.settings import Rate, RoleSettings
@@ -24,6 +25,7 @@ from mlflow_proxy.targets import Mode
 # CloudWatch Logs takes no other numbers (API reference of PutRetentionPolicy).
 _RETENTION = (1, 3, 5, 7, 14, 30, 60, 90, 120, 150, 180, 365, 400, 545, 731, 1096, 1827, 2192, 2557, 2922, 3288, 3653)
 _VARIABLES = {"stack_env": "STACK_ENV", "mlflow_type": "MLFLOW_TYPE"}
+_ROOT = Path(__file__).parent.parent
 _OIDC = (
     "oidc_issuer",
     "oidc_authorization_endpoint",
@@ -52,7 +54,26 @@ def _json(value: Any) -> Any:
         raise ValueError("is not JSON") from None
 
 
+def _from_root(value: Path) -> Path:
+    """Relative paths begin at the repository, where people deploy; `cdk` runs in infra/."""
+    return _ROOT / value
+
+
+def _toml(value: Any) -> Any:
+    """The tables of a TOML file."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return tomllib.loads(_from_root(Path(value)).read_text("utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot be read ({error.strerror})") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"is not valid TOML: {error}") from None
+
+
 Texts = Annotated[list[str], BeforeValidator(_split)]
+Toml = Annotated[dict[str, Any], BeforeValidator(_toml)]
+Folder = Annotated[Path, AfterValidator(_from_root)]
 
 
 class CallerRole(BaseModel):
@@ -208,6 +229,11 @@ class Settings(BaseModel):
         description="Roles of callers as JSON, each with name, allow, deny, subjects, groups, rate. Default: a "
         "`reader` and a `writer` without members; API keys are made for them.",
     )
+    proxy_options: Toml | None = Field(
+        None,
+        description="TOML file with further options of the proxy, as in proxy.toml, such as `[oidc]` for tokens and "
+        "`[limits]`. Relative paths begin at the repository.",
+    )
 
     log_retention_days: int | None = Field(
         None, description="Days that logs are kept in CloudWatch. Default: 14 in dev, 365 in prod."
@@ -216,10 +242,10 @@ class Settings(BaseModel):
         None, pattern=r"^[^@\s]+@[^@\s]+\.[^@\s]+$", description="Address that is told of alarms, after it confirmed."
     )
 
-    application: Path | None = Field(
+    application: Folder | None = Field(
         None, description="Folder with the application for EC2 hosts. Default: it is built from this repository."
     )
-    certificate_function: Path | None = Field(
+    certificate_function: Folder | None = Field(
         None, description="Folder with the function that makes self-signed certificates. Default: it is built."
     )
 
@@ -284,6 +310,11 @@ class Settings(BaseModel):
     def self_signed(self) -> bool:
         """Whether the load balancer gets a certificate that nobody vouches for."""
         return self.certificate_arn is None and self.hosted_zone_id is None
+
+    @property
+    def traces(self) -> bool:
+        """Whether the proxy sends traces, which takes the extra `tracing`."""
+        return bool((self.proxy_options or {}).get("tracing", {}).get("endpoint"))
 
     @property
     def shares_limits(self) -> bool:
@@ -364,6 +395,10 @@ def _cross_checks(settings: Settings) -> Iterator[str]:
     yield from _name_problems(settings)
     yield from _sign_in_problems(settings)
     yield from _role_problems(settings)
+    if settings.proxy_options is not None:
+        from infra import proxy_options  # noqa: PLC0415  (it builds on this module)
+
+        yield from proxy_options.problems(settings)
 
 
 def _network_problems(settings: Settings) -> Iterator[str]:
@@ -493,5 +528,5 @@ def _type_name(annotation: Any) -> str:
         return " / ".join(f"`{one}`" for one in get_args(annotation))
     if get_origin(annotation) is list:
         return "list" if get_args(annotation) == (str,) else "JSON"
-    names = {str: "text", int: "number", bool: "true / false", Path: "folder"}
+    names = {str: "text", int: "number", bool: "true / false", Folder: "folder", Toml: "file"}
     return names.get(annotation, "JSON")

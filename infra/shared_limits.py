@@ -1,4 +1,9 @@
-"""Valkey, in which instances count requests together: ElastiCache Serverless, reached with TLS by the proxy alone."""
+"""Valkey, in which instances count requests together: ElastiCache Serverless, reached with TLS by the proxy alone.
+
+There is no password, on purpose: it would have to stand in the proxy's configuration, and so in a launch template that
+more people can read than can reach the port. The line is the security group, which lets in the proxy's hosts alone;
+what is kept there are counters of some minutes, nothing of MLflow's. While it is away, instances count alone.
+"""
 
 from __future__ import annotations
 

@@ -21,6 +21,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 # The most that Apple's systems accept of a certificate that its user trusts.
 _DAYS = 825
+# With less left, a deployment renews it. Deployments ask once in a quarter, so that one a year is enough.
+_RENEW_DAYS = 420
 # To delete a certificate, ten seconds apart.
 _ATTEMPTS = 20
 
@@ -46,8 +48,10 @@ def handle(event: dict[str, Any], context: Any) -> None:
 
 
 def _carry_out(event: dict[str, Any]) -> str:
-    """The ARN of the certificate. A changed name makes a new one, and CloudFormation then deletes the old."""
+    """The ARN of the certificate. If it is another one than before, CloudFormation then deletes the old."""
     acm = boto3.client("acm", region_name=os.environ["AWS_REGION"])
+    if event["RequestType"] == "Update" and is_still_good(acm, event):
+        return str(event["PhysicalResourceId"])
     if event["RequestType"] != "Delete":
         properties = event["ResourceProperties"]
         certificate, key = make_certificate(properties["Name"])
@@ -57,6 +61,17 @@ def _carry_out(event: dict[str, Any]) -> str:
     if arn.startswith("arn:"):
         delete_certificate(acm, arn)
     return arn
+
+
+def is_still_good(acm: Any, event: dict[str, Any]) -> bool:
+    """Whether the certificate is for the name that is asked for, and lasts for long enough."""
+    if event["OldResourceProperties"]["Name"] != event["ResourceProperties"]["Name"]:
+        return False
+    try:
+        found = acm.describe_certificate(CertificateArn=event["PhysicalResourceId"])["Certificate"]
+    except acm.exceptions.ResourceNotFoundException:
+        return False
+    return bool(found["NotAfter"] - datetime.now(UTC) > timedelta(days=_RENEW_DAYS))
 
 
 def delete_certificate(acm: Any, arn: str, *, pause: float = 10.0) -> None:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
+import click
 import pytest
 from infra.app import stack_ids
 from tests.infra.variants import COMPUTES, MODES, PROD, ROOT, TLS, resolve, settings, synthesize
+
+from mlflow_proxy import cli
 
 
 def test_stacks_are_named_as_in_awss_sample() -> None:
@@ -112,6 +117,28 @@ def test_outputs_say_what_to_do_next(mode: str, compute: str) -> None:
         {"ec2": "aws ssm start-session", "fargate": "aws ecs execute-command"}[compute]
     )
     assert all(one["Description"] for one in outputs.values())
+
+
+@pytest.mark.parametrize("compute", COMPUTES)
+def test_commands_for_a_self_signed_certificate_fit_together(compute: str) -> None:
+    """What the one saves, the other trusts, and both are commands as they are."""
+    outputs = synthesize("tracking", compute).templates["flaskapp"]["Outputs"]
+    values = {name: str(resolve(one["Value"])) for name, one in outputs.items()}
+    command = shlex.split(values["ValidateCommand"])
+    assert command[:4] == ["mlflow-proxy", "validate", "--url", values["Url"]]
+    assert command[4:] == ["--ca", "mlflow-proxy.pem"]
+    assert values["CertificateCommand"].startswith("aws acm get-certificate ")
+    assert values["CertificateCommand"].endswith(f" > {command[-1]}")
+
+
+def test_validate_command_is_one_that_the_proxy_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mlflow-proxy.pem").touch()
+    output = synthesize().templates["flaskapp"]["Outputs"]["ValidateCommand"]["Value"]
+    name, *arguments = shlex.split(str(resolve(output)))[1:]
+    command = cli.main.get_command(click.Context(cli.main), name)
+    assert command is not None
+    command.make_context(name, arguments)  # fails on options that do not exist
 
 
 def test_exports_are_the_same_whatever_uses_them() -> None:

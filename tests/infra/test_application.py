@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from infra.application import BuildError, build_application, build_certificate_function
-from tests.infra.variants import ROOT
+from packaging.requirements import Requirement
+from tests.infra.variants import ROOT, synthesize
 
 from infra import application
 
@@ -21,41 +21,79 @@ def root(tmp_path: Path) -> Path:
         shutil.copy(ROOT / name, tmp_path)
     ignore = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "src", tmp_path / "src", ignore=ignore)
-    for name in ("requirements/base.txt", "infra/certificate/handler.py"):
-        (tmp_path / name).parent.mkdir(parents=True)
+    for name in ("requirements/base.txt", "requirements/tracing.txt", "infra/certificate/handler.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
-    (tmp_path / "deploy" / "helm").mkdir(parents=True)
-    (tmp_path / "deploy" / "install.sh").write_text("echo installed\n")
-    (tmp_path / "deploy" / "helm" / "Chart.yaml").write_text("")
+    shutil.copytree(ROOT / "deploy", tmp_path / "deploy", ignore=ignore)
     return tmp_path
 
 
-def resolves(folder: Path, platform: str) -> None:
-    """pip finds all that the proxy needs in the wheelhouse, for Ubuntu's Python."""
-    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-index", "--only-binary", ":all:",
-               "--find-links", str(folder / "wheelhouse"), "--target", str(folder / "none"), "--python-version", "3.12",
-               "--platform", f"manylinux_2_39_{platform}", "--platform", f"manylinux_2_34_{platform}",
-               "--platform", f"manylinux_2_28_{platform}", "--platform", f"manylinux2014_{platform}",
-               "-r", str(folder / "requirements.txt")]  # fmt: skip
-    subprocess.run(command, check=True, capture_output=True)
+def needed(requirements: str, python: str) -> set[str]:
+    """What a lock file asks for on a host with that Python: `name-version`."""
+    conditions = {"python_version": "3.12", "python_full_version": python, "implementation_name": "cpython"}
+    found = map(Requirement, re.findall(r"(?m)^[a-z0-9-]+==[^\\]+", requirements))
+    return {
+        f"{one.name.replace('-', '_')}-{str(one.specifier).removeprefix('==')}"
+        for one in found
+        if one.marker is None or one.marker.evaluate({**conditions, "platform_python_implementation": "CPython"})
+    }
 
 
 def test_application_is_whole_for_hosts_without_a_package_index(root: Path) -> None:
-    folder = build_application("arm64", root)
+    # With the extra `tracing`, which is all that is needed without it, and more: see below.
+    folder = build_application("arm64", root, tracing=True)
     wheels = {path.name for path in (folder / "wheelhouse").iterdir()}
     assert all(name.endswith(("-any.whl", "_aarch64.whl")) for name in wheels)
-    assert {name.split("-")[0] for name in wheels} >= {"sagemaker_mlflow_proxy", "pip", "granian", "botocore", "flask"}
-    assert (folder / "deploy" / "install.sh").read_text() == "echo installed\n"
+    assert {name.split("-")[0] for name in wheels} >= {
+        "sagemaker_mlflow_proxy",
+        "pip",
+        "granian",
+        "botocore",
+        "flask",
+        "opentelemetry_sdk",
+    }
+    assert {path.name for path in (folder / "deploy").iterdir()} >= {"install.sh", "systemd"}
     assert not (folder / "deploy" / "helm").exists()
-    resolves(folder, "aarch64")
+    have = {"-".join(name.split("-")[:2]) for name in wheels}
+    for python in ("3.12.0", "3.12.99"):
+        assert needed((folder / "requirements.txt").read_text(), python) <= have, "judged by the host's Python"
+    # What goes to AWS: one file, small enough to be fetched at each start of a host.
+    made = synthesize(application=str(folder))
+    assert {path.name for path in made.folder.glob("asset.*/*")} >= {"deploy", "wheelhouse", "requirements.txt"}
 
     marker = folder / "marker"
     marker.touch()
-    build_application("arm64", root)
+    build_application("arm64", root, tracing=True)
     assert marker.exists(), "nothing changed, so nothing is built"
-    (root / "deploy" / "helm" / "Chart.yaml").write_text("changed")
-    build_application("arm64", root)
+    (root / "deploy" / "grafana" / "dashboard.json").write_text("changed")
+    build_application("arm64", root, tracing=True)
     assert marker.exists(), "hosts do not have that"
+
+
+def test_hosts_have_the_extra_for_traces_only_where_wanted(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, ...]] = []
+
+    def note(*call: str) -> None:
+        calls.append(call)
+        Path(call[1]).mkdir()
+
+    monkeypatch.setattr(application, "_python", note)
+    build_application("x86_64", root)
+    ((script, *_, machine),) = calls
+    assert (Path(script).name, machine) == ("wheelhouse.py", "x86_64")
+
+
+def test_lock_with_tracing_is_the_other_one_and_more() -> None:
+    """So hosts run the same versions with and without it; `make lock` writes both."""
+    base, tracing = (set(_pins(f"requirements/{name}.txt")) for name in ("base", "tracing"))
+    assert base < tracing
+    # The build takes what one has more than the other, and judges no conditions there.
+    assert not [entry for entry in tracing - base if ";" in entry]
+    assert {pin.split("==")[0] for pin in tracing - base} >= {"opentelemetry-sdk"}
+
+
+def _pins(name: str) -> list[str]:
+    return re.findall(r"(?m)^[a-z0-9-]+==[^\\\n]+", (ROOT / name).read_text())
 
 
 def test_function_has_its_library_for_lambda(root: Path) -> None:
@@ -85,7 +123,7 @@ def test_interrupted_build_does_not_look_whole(root: Path, monkeypatch: pytest.M
         raise BuildError("no index")
 
     with monkeypatch.context() as patched:
-        patched.setattr(application, "_pip", broken)
+        patched.setattr(application, "_python", broken)
         with pytest.raises(BuildError, match="no index"):
             build_certificate_function("arm64", root)
     assert (build_certificate_function("arm64", root) / "handler.py").exists()

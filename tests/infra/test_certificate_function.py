@@ -41,7 +41,7 @@ def acm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     server.stop()
 
 
-def ask(kind: str, arn: str | None = None, name: str = NAME) -> dict[str, str]:
+def ask(kind: str, arn: str | None = None, name: str = NAME, old: str = NAME) -> dict[str, str]:
     """CloudFormation's request, and what the function sent to its URL."""
     answers: list[tuple[dict[str, str], str]] = []
 
@@ -65,6 +65,7 @@ def ask(kind: str, arn: str | None = None, name: str = NAME) -> dict[str, str]:
         "LogicalResourceId": "Certificate",
         "ResourceProperties": {"Name": name, "Tags": {"of": "tests"}},
         **({"PhysicalResourceId": arn} if arn else {}),
+        **({"OldResourceProperties": {"Name": old}} if kind == "Update" else {}),
     }
     handler.handle(event, Context())
     thread.join()
@@ -96,6 +97,24 @@ def test_another_name_makes_another_certificate_and_the_old_one_is_deleted(acm: 
     left = {one["CertificateArn"] for one in acm.list_certificates()["CertificateSummaryList"]}
     assert second in left
     assert first not in left
+
+
+def test_deployment_keeps_a_certificate_that_lasts_and_renews_one_that_does_not(
+    acm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = ask("Create")["PhysicalResourceId"]
+    assert ask("Update", first)["PhysicalResourceId"] == first
+    # One made as if 410 days ago, then one as if 400 days ago.
+    for days, renewed in ((825 - 410, True), (825 - 400, False)):
+        monkeypatch.setattr(handler, "_DAYS", days)
+        old = ask("Create")["PhysicalResourceId"]
+        monkeypatch.setattr(handler, "_DAYS", 825)
+        answer = ask("Update", old)
+        assert answer["Status"] == "SUCCESS"
+        assert (answer["PhysicalResourceId"] != old) is renewed
+    acm.delete_certificate(CertificateArn=first)
+    again = ask("Update", first)["PhysicalResourceId"]
+    assert again != first, "one that somebody deleted is made again"
 
 
 def test_deleting_what_is_gone_succeeds(acm: Any) -> None:

@@ -148,7 +148,7 @@ def test_user_data_installs_from_the_wheelhouse_and_reports_to_the_group() -> No
 def test_user_data_takes_nothing_from_the_internet() -> None:
     """So it works in a closed network: only S3, CloudFormation and the metadata service are called."""
     text = user_data(synthesize()).replace("$region", REGION)
-    hosts = set(re.findall(r"https?://([^/\"' ]+)", text.split("<<'PROXY_TOML'")[0] + text.split("\nPROXY_TOML\n")[1]))
+    hosts = set(re.findall(r"https?://([^/\"'\s]+)", text.split("<<'PROXY_TOML'")[0] + text.split("\nPROXY_TOML\n")[1]))
     assert hosts == {
         "169.254.169.254",
         f"cloudformation.{REGION}.amazonaws.com",
@@ -174,7 +174,13 @@ def test_tasks_run_the_given_image_with_a_read_only_root() -> None:
     assert found["Image"] == IMAGE
     assert found["ReadonlyRootFilesystem"] is True
     assert found["StopTimeout"] == 60
-    assert found["MountPoints"] == [{"ContainerPath": "/tmp", "ReadOnly": False, "SourceVolume": "tmp"}]
+    assert {mount["ContainerPath"]: mount["ReadOnly"] for mount in found["MountPoints"]} == {
+        "/tmp": False,
+        # What ECS Exec writes.
+        "/managed-agents": False,
+        "/var/lib/amazon/ssm": False,
+        "/var/log/amazon/ssm": False,
+    }
 
 
 def test_tasks_have_the_hosts_architecture() -> None:

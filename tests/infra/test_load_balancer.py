@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 from typing import Any
 
@@ -111,6 +112,61 @@ def test_sign_in_is_for_browsers_pages_and_callers_without_a_session_get_the_pro
     conditions = {one["Field"]: one for one in browsers["Conditions"]}
     assert conditions["path-pattern"]["PathPatternConfig"]["Values"] == ["/", "/t/*", "/-/*"]
     assert conditions["http-header"]["HttpHeaderConfig"] == {"HttpHeaderName": "accept", "Values": ["*text/html*"]}
+
+
+def _passes(condition: dict[str, Any], path: str, headers: dict[str, str]) -> bool:
+    """Whether a request meets a condition of a listener's rule (ELB guide, "Condition types")."""
+    if condition["Field"] == "path-pattern":
+        return any(fnmatch.fnmatchcase(path, pattern) for pattern in condition["PathPatternConfig"]["Values"])
+    header = condition["HttpHeaderConfig"]
+    value = headers.get(header["HttpHeaderName"])
+    return value is not None and any(fnmatch.fnmatch(value, pattern) for pattern in header["Values"])
+
+
+def without_session(made: Synthesized, path: str, headers: dict[str, str]) -> str:
+    """What becomes of a request without a session: it goes to the `proxy`, or is sent away to `sign in`."""
+    rules = [
+        one["Properties"] for one in made.resources("flaskapp", "AWS::ElasticLoadBalancingV2::ListenerRule").values()
+    ]
+    for rule in sorted(rules, key=lambda rule: rule["Priority"]):
+        if all(_passes(condition, path, headers) for condition in rule["Conditions"]):
+            actions = rule["Actions"]
+            break
+    else:
+        actions = listener(made, 443)["DefaultActions"]
+    for action in sorted(actions, key=lambda action: action.get("Order", 0)):
+        unauthenticated = action.get("AuthenticateOidcConfig", {}).get("OnUnauthenticatedRequest")
+        assert unauthenticated in (None, "allow", "authenticate"), "the load balancer never answers with its own 401"
+        if unauthenticated == "authenticate":
+            return "sign in"
+    assert action["Type"] == "forward"
+    return "proxy"
+
+
+BROWSER = {"accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
+CALL = "/api/2.0/mlflow/experiments/get"
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "to"),
+    [
+        ("/", BROWSER, "sign in"),
+        ("/t/team/", BROWSER, "sign in"),
+        ("/-/portal", BROWSER, "sign in"),
+        # What the page fetches: after its session ended it gets a 401 that it can show, not a page of somebody else.
+        ("/ajax-api/2.0/mlflow/experiments/search", {"accept": "*/*"}, "proxy"),
+        ("/t/team/static-files/main.js", {"accept": "*/*"}, "proxy"),
+        (CALL, {}, "proxy"),
+        (CALL, {"accept": "*/*"}, "proxy"),
+        (f"/t/team{CALL}", {"accept": "*/*"}, "proxy"),
+        (CALL, {"authorization": "Bearer mlp_x"}, "proxy"),
+        ("/", BROWSER | {"authorization": "Basic eDp5"}, "proxy"),
+        ("/", BROWSER | {"x-api-key": "mlp_x"}, "proxy"),
+    ],
+)
+def test_api_callers_are_never_redirected(path: str, headers: dict[str, str], to: str) -> None:
+    assert without_session(synthesize(**SIGN_IN), path, headers) == to
+    assert without_session(synthesize(), path, headers) == "proxy", "without sign-in everything goes there"
 
 
 def test_clients_secret_is_never_in_the_template() -> None:

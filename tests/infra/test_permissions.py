@@ -143,6 +143,7 @@ WIDE = {
     "the certificate's ARN is not known before; its tag tells": {
         "acm:AddTagsToCertificate",
         "acm:DeleteCertificate",
+        "acm:DescribeCertificate",
         "acm:ImportCertificate",
     },
     "streams of the proxy's own log group": {"logs:DescribeLogStreams"},

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from infra.settings import Settings, SettingsError, load, options, options_table
+from tests.infra.variants import ROOT
 
 AWS = {"CDK_DEFAULT_ACCOUNT": "123456789012", "CDK_DEFAULT_REGION": "eu-central-1"}
 OIDC = {
@@ -65,6 +67,12 @@ def test_values_of_the_command_line_are_texts() -> None:
     assert made.allowed_cidrs == ["10.0.0.0/8", "192.0.2.0/24"]
     assert made.roles[0].groups == ["ml"]
     assert made.tags == {"team": "ml"}
+
+
+def test_relative_folders_begin_at_the_repository() -> None:
+    """`cdk` runs in infra/, but people write paths as they see them."""
+    assert load({"application": "build/application"}, AWS).application == ROOT / "build" / "application"
+    assert load({"application": "/srv/application"}, AWS).application == Path("/srv/application")
 
 
 def test_names_of_cdk_itself_are_no_settings() -> None:
@@ -145,4 +153,5 @@ def test_every_setting_is_explained_with_type_and_default() -> None:
     assert listed["nat_gateways"].default == "see text"
     assert listed["vpc_id"].default == "see text"
     assert listed["image"].default == "none"
+    assert (listed["proxy_options"].type, listed["application"].type) == ("file", "folder")
     assert options_table().count("\n") == len(Settings.model_fields) + 1
