@@ -51,14 +51,34 @@ template(name="line" type="string" string="%msg:2:$%\n")
 if $programname == "mlflow-proxy" then { action(type="omfile" file="/var/log/mlflow-proxy.log" template="line") stop }
 RSYSLOG
 cat >/etc/logrotate.d/mlflow-proxy <<'LOGROTATE'
-/var/log/mlflow-proxy.log { daily rotate 3 maxsize 200M missingok compress copytruncate }
+/var/log/mlflow-proxy.log {
+  daily
+  rotate 3
+  maxsize 200M
+  missingok
+  compress
+  copytruncate
+}
 LOGROTATE
 systemctl restart rsyslog
 
+# The agent is installed only if AWS signed it: the fingerprint is the one in the CloudWatch guide, "Verifying the
+# signature of the CloudWatch agent package". gpgv wants the key without its armor.
 agent=amazon-cloudwatch-agent
-curl -fsS --retry 5 -o "/tmp/$agent.deb" \
-  "https://amazoncloudwatch-agent-$region.s3.$region.amazonaws.com/ubuntu/@DPKG_ARCHITECTURE@/latest/$agent.deb"
-dpkg -i "/tmp/$agent.deb"
+bucket=https://amazoncloudwatch-agent-$region.s3.$region.amazonaws.com
+fingerprint=937616F3450B7D806CBD9725D58167303B789C72
+fetched=$(mktemp -d)
+for file in "ubuntu/@DPKG_ARCHITECTURE@/latest/$agent.deb" "ubuntu/@DPKG_ARCHITECTURE@/latest/$agent.deb.sig" "assets/$agent.gpg"; do
+  curl -fsS --retry 5 -o "$fetched/${file##*/}" "$bucket/$file"
+done
+python3 -c 'import base64, re, sys
+key = sys.stdin.buffer.read()
+armored = re.search(rb"-{5}BEGIN.*?\r?\n\r?\n(.*?)(\n=|\n-)", key, re.S)
+sys.stdout.buffer.write(base64.b64decode(armored[1]) if armored else key)' <"$fetched/$agent.gpg" >"$fetched/key"
+gpgv --status-fd 1 --keyring "$fetched/key" "$fetched/$agent.deb.sig" "$fetched/$agent.deb" |
+  grep "^\[GNUPG:\] VALIDSIG .* $fingerprint\$"
+dpkg -i "$fetched/$agent.deb"
+rm -r "$fetched"
 cat >/opt/aws/$agent/etc/proxy.json <<'AGENT'
 {"logs": {"logs_collected": {"files": {"collect_list": [
   {"file_path": "/var/log/mlflow-proxy.log", "log_group_name": "@LOG_GROUP@", "log_stream_name": "{instance_id}/proxy"},

@@ -1,6 +1,8 @@
-"""The first part of a host's user data, run as it stands with the real curl, against servers that check signatures.
+"""A host's user data, run as it stands with the real curl, against servers that check signatures.
 
-The signatures are computed anew with botocore. What follows that part needs a whole Ubuntu host: see deploy/.
+The signatures are computed anew with botocore. The first part runs anywhere; the whole runs on a Debian host of its
+own, with a real systemd, rsyslog and dpkg: AWS's names lead to these servers there, and nothing else can be reached.
+Only the system's version (Ubuntu 24.04 in AWS), the agent's package and the key that signed it are others than there.
 """
 
 from __future__ import annotations
@@ -9,14 +11,19 @@ import contextlib
 import http.server
 import io
 import json
+import os
 import re
+import shutil
 import ssl
 import subprocess
+import sys
 import threading
+import time
 import zipfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 from urllib.parse import parse_qs
 
 import pytest
@@ -25,10 +32,13 @@ from botocore.awsrequest import AWSRequest
 from botocore.compat import HTTPHeaders
 from botocore.credentials import Credentials
 from infra.certificate.handler import make_certificate
-from tests.infra.variants import REGION, resolve, synthesize
+from tests.deploy.host import Host, running, why_not
+from tests.faults.certificates import Authority
+from tests.infra.variants import REGION, ROOT, resolve, synthesize
 
 from mlflow_proxy import configuration
 
+AGENT_BUCKET = f"amazoncloudwatch-agent-{REGION}.s3.{REGION}.amazonaws.com"
 CREDENTIALS = {"AccessKeyId": "ASIAEXAMPLE", "SecretAccessKey": "secret/With+signs", "Token": "tok/en+=="}
 
 
@@ -82,12 +92,19 @@ class Metadata(http.server.BaseHTTPRequestHandler):
 
 
 class Aws(http.server.BaseHTTPRequestHandler):
-    """S3 with the application, and CloudFormation, which notes the signals."""
+    """S3 with the application, and with what is public there; and CloudFormation, which notes the signals."""
 
     archive: ClassVar[bytes] = b""
+    public: ClassVar[dict[str, bytes]] = {}
     signals: ClassVar[list[dict[str, list[str]]]] = []
 
     def do_GET(self) -> None:
+        if self.headers["Host"] == AGENT_BUCKET:
+            found = self.public.get(self.path)
+            self.send_response(404 if found is None else 200)
+            self.end_headers()
+            self.wfile.write(found or b"")
+            return
         right = signed_by_host(self, b"")
         self.send_response(200 if right and ".s3." in self.headers["Host"] else 403)
         self.end_headers()
@@ -129,10 +146,14 @@ def environ(tmp_path: Path) -> Iterator[dict[str, str]]:
         yield {"CURL_HOME": str(tmp_path), "HOME": str(tmp_path), "PATH": "/usr/local/bin:/usr/bin:/bin"}
 
 
+def user_data() -> str:
+    template = synthesize().one("flaskapp", "AWS::EC2::LaunchTemplate")["LaunchTemplateData"]
+    return str(resolve(template["UserData"]))
+
+
 def script(folder: Path, end: str) -> str:
     """The user data up to where it changes the host, then `end`."""
-    template = synthesize().one("flaskapp", "AWS::EC2::LaunchTemplate")["LaunchTemplateData"]
-    text = str(resolve(template["UserData"]))
+    text = user_data()
     first, rest = text.split("\n# The service writes to the journal")
     assert "install.sh" in rest
     return f"{first.replace('/opt/mlflow-proxy-setup', str(folder))}\n{end}\n"
@@ -165,3 +186,164 @@ def test_failure_is_told_at_once(environ: dict[str, str], tmp_path: Path) -> Non
     done = run(script(tmp_path / "setup", "signal SUCCESS"), environ)
     assert done.returncode != 0
     assert [told["Status"] for told in Aws.signals] == [["FAILURE"]]
+
+
+# The whole, on a host
+
+needs_host = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+FINGERPRINT = "937616F3450B7D806CBD9725D58167303B789C72"
+PORT = 8080
+
+
+class Agent(NamedTuple):
+    """A package in the CloudWatch agent's place, its signature, and who signed it."""
+
+    package: bytes
+    signature: bytes
+    key: bytes
+    fingerprint: str
+
+
+@pytest.fixture(scope="module")
+def agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Agent]:
+    """A real package, whose control program notes how it is called, with a real signature."""
+    folder = tmp_path_factory.mktemp("agent")
+    control = folder / "package" / "opt/aws/amazon-cloudwatch-agent/bin/amazon-cloudwatch-agent-ctl"
+    for path in (control.parent, control.parent.parent / "etc", folder / "package" / "DEBIAN"):
+        path.mkdir(parents=True)
+    control.write_text('#!/bin/sh\necho "$@" >>/run/agent-calls\n')
+    control.chmod(0o755)
+    fields = "Package: amazon-cloudwatch-agent\nVersion: 1\nArchitecture: all\nMaintainer: tests\nDescription: tests\n"
+    (folder / "package" / "DEBIAN" / "control").write_text(fields)
+    package = folder / "agent.deb"
+    build = ["dpkg-deb", "--root-owner-group", "--build", str(folder / "package"), str(package)]
+    subprocess.run(build, check=True, capture_output=True)
+
+    home = folder / "gnupg"
+    home.mkdir(mode=0o700)
+    environ = os.environ | {"GNUPGHOME": str(home)}
+
+    def gpg(*arguments: str) -> bytes:
+        command = ["gpg", "--batch", "--quiet", "--pinentry-mode", "loopback", "--passphrase", "", *arguments]
+        return subprocess.run(command, env=environ, check=True, capture_output=True).stdout
+
+    try:
+        gpg("--quick-gen-key", "tests", "rsa2048", "sign", "never")
+        (fingerprint,) = re.findall(rb"^fpr:+(\w+):$", gpg("--with-colons", "--fingerprint"), re.M)
+        # The digest of the signatures that AWS's tools made in 2017: to be taken, too.
+        gpg("--digest-algo", "SHA1", "--output", str(folder / "agent.sig"), "--detach-sign", str(package))
+        signature = (folder / "agent.sig").read_bytes()
+        yield Agent(package.read_bytes(), signature, gpg("--armor", "--export"), fingerprint.decode())
+    finally:
+        subprocess.run(["gpgconf", "--kill", "all"], env=environ, check=True)
+
+
+@pytest.fixture(scope="module")
+def application(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """What `build_application` makes, for the Python of that host, packed as CDK packs it."""
+    folder = tmp_path_factory.mktemp("application") / "made"
+    command = [sys.executable, str(ROOT / "deploy" / "wheelhouse.py"), str(folder), "--python", "3.11"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return Path(shutil.make_archive(str(folder), "zip", folder)).read_bytes()
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[Host]:
+    """A host on which AWS's names lead to the servers here, under a certificate that it trusts."""
+    names = sorted(set(re.findall(r"https://([\w.-]+)", user_data().replace("$region", REGION))))
+    with running(tmp_path / "host") as booted, contextlib.ExitStack() as stack:
+        booted.in_network(
+            lambda: subprocess.run(["ip", "address", "add", "169.254.169.254/32", "dev", "lo"], check=True)
+        )
+        authority = Authority(tmp_path, "tests")
+        with (booted / "/etc/ssl/certs/ca-certificates.crt").open("ab") as file:
+            file.write(authority.bundle.read_bytes())
+        (booted / "/etc/hosts").write_text("".join(f"127.0.0.1 {name}\n" for name in ["localhost", *names]))
+        context = authority.server("amazonaws.com", *names)
+        Aws.signals.clear()
+        for handler, address, tls in ((Metadata, ("169.254.169.254", 80), None), (Aws, ("127.0.0.1", 443), context)):
+            server = booted.in_network(partial(http.server.ThreadingHTTPServer, address, handler))
+            if tls is not None:
+                server.socket = tls.wrap_socket(server.socket, server_side=True)
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            stack.callback(server.server_close)
+            stack.callback(server.shutdown)
+        yield booted
+
+
+def first_boot(host: Host, agent: Agent, archive: bytes) -> subprocess.CompletedProcess[str]:
+    """Run the user data, with the tests' key in the place of AWS's."""
+    text = user_data()
+    assert text.count(FINGERPRINT) == 1
+    Aws.archive = archive
+    path = "/" + re.findall(r"ubuntu/\w+/latest/", text)[0]
+    name = "amazon-cloudwatch-agent"
+    Aws.public = {
+        f"{path}{name}.deb": agent.package,
+        f"{path}{name}.deb.sig": agent.signature,
+        f"/assets/{name}.gpg": agent.key,
+    }
+    (host / "/root/user-data").write_text(text.replace(FINGERPRINT, agent.fingerprint))
+    return host.run("bash", "/root/user-data")
+
+
+@needs_host
+def test_whole_script_makes_a_host_that_serves(host: Host, agent: Agent, application: bytes) -> None:
+    done = first_boot(host, agent, application)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [told["Status"] for told in Aws.signals] == [["SUCCESS"]]
+    assert f"Healthy:   http://127.0.0.1:{PORT}/-/health" in done.stdout
+    assert CREDENTIALS["SecretAccessKey"] not in done.stdout + done.stderr
+    assert host.out("systemctl", "is-active", "mlflow-proxy", "rsyslog") == "active\nactive"
+    loaded = configuration.load(host / "/etc/mlflow-proxy/proxy.toml", {})
+    assert loaded.server.port == PORT
+    stop = host.out("systemctl", "show", "--property=TimeoutStopUSec", "--value", "mlflow-proxy")
+    assert stop == f"1min {round(loaded.server.drain_timeout) + 15 - 60}s"
+
+    # A refused call is in the file that the agent reads, as the JSON that it was.
+    (call,) = (host / "/run/agent-calls").read_text().splitlines()
+    assert call.startswith("-a fetch-config -m ec2 -s -c file:")
+    config = json.loads((host / call.split("file:")[1].strip()).read_text())
+    read = {each["file_path"] for each in config["logs"]["logs_collected"]["files"]["collect_list"]}
+    assert read == {"/var/log/mlflow-proxy.log", "/var/log/cloud-init-output.log"}
+    url = f"http://127.0.0.1:{PORT}/api/2.0/mlflow/experiments/search"
+    assert host.out("curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", "-d", "{}", url) == "401"
+    end = time.monotonic() + 60
+    while True:
+        lines = (host / "/var/log/mlflow-proxy.log").read_text().splitlines()
+        if any(json.loads(line).get("status") == 401 for line in lines if line.startswith("{")):
+            break
+        assert time.monotonic() < end, lines
+        time.sleep(0.1)
+    host.out("logrotate", "--force", "/etc/logrotate.d/mlflow-proxy")
+    assert (host / "/var/log/mlflow-proxy.log").stat().st_size == 0
+
+
+def packed(install: str) -> bytes:
+    """An application whose installation is these commands."""
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as made:
+        made.writestr("deploy/install.sh", f"{install}\n")
+    return archive.getvalue()
+
+
+@needs_host
+def test_installation_that_fails_is_told(host: Host, agent: Agent) -> None:
+    done = first_boot(host, agent, packed("exit 3"))
+    assert done.returncode == 3, done.stderr
+    assert (host / "/run/agent-calls").exists(), "the agent sends the reason"
+    assert [told["Status"] for told in Aws.signals] == [["FAILURE"]]
+
+
+@needs_host
+@pytest.mark.parametrize("forged", ["package", "key"])
+def test_agent_that_aws_did_not_sign_is_not_installed(host: Host, agent: Agent, forged: str) -> None:
+    other = (
+        agent._replace(package=agent.package + b"x") if forged == "package" else agent._replace(fingerprint="0" * 40)
+    )
+    done = first_boot(host, other, packed("touch /run/installed"))
+    assert done.returncode != 0
+    assert [told["Status"] for told in Aws.signals] == [["FAILURE"]]
+    assert not (host / "/opt/aws").exists()
+    assert not (host / "/run/installed").exists()
