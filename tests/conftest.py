@@ -1,4 +1,4 @@
-"""What all tests share: one local SageMaker for the session, because it takes seconds to start; two halves side by side."""
+"""What all tests share: one local SageMaker for the session, because it takes seconds to start; two halves of tests."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -34,8 +34,9 @@ from tests.integration.conftest import Control, targets_of
 from mlflow_proxy import cli
 from mlflow_proxy.access.key_record import make_key
 from mlflow_proxy.local import LocalSageMaker
+from mlflow_proxy.settings import KEY_VARIABLE
 from mlflow_proxy.validate import Steps, reach
-from mlflow_proxy.validate.deployment import KEY_VARIABLE, TOKEN_VARIABLE, Deployment, Mistake, deployment
+from mlflow_proxy.validate.deployment import TOKEN_VARIABLE, Deployment, Mistake, deployment
 
 COMMAND = str(Path(sys.executable).with_name("mlflow-proxy"))
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "validate.md"
