@@ -771,7 +771,7 @@ def test_tasks_are_reached_by_a_shell_alone(account: dict[str, str]) -> None:
 
 
 def test_a_self_signed_certificate_is_brought_along_and_not_asked_of_whoever_answers(account: dict[str, str]) -> None:
-    made = Settings.model_validate(settings(allowed_cidrs=["10.50.0.0/16"]))
+    made = Settings.model_validate(settings(allowed_cidrs="10.50.0.0/16"))
     outputs = {"Url": "https://lb", "LoadBalancerHost": "lb", "ShellCommand": "aws ssm start-session --target $(aws x)"}
     told = validation.by_hand(made, outputs, REGION, ROOT / "build" / "mlflow-proxy-tracking.pem")
     assert "paste build/mlflow-proxy-tracking.pem" in told
