@@ -7,6 +7,7 @@ The private key never leaves this function but to ACM.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 import urllib.request
@@ -14,6 +15,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import boto3
+from botocore.exceptions import ClientError
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -25,6 +27,10 @@ _DAYS = 825
 _RENEW_DAYS = 420
 # To delete a certificate, ten seconds apart.
 _ATTEMPTS = 20
+# How a certificate that is gone is answered. The function's permission asks for the certificate's tag, which one that
+# is gone does not have: so IAM denies access before ACM could say that it does not find it.
+_GONE = frozenset({"ResourceNotFoundException", "AccessDeniedException"})
+_LOG = logging.getLogger(__name__)
 
 
 def handle(event: dict[str, Any], context: Any) -> None:
@@ -64,25 +70,33 @@ def _carry_out(event: dict[str, Any]) -> str:
 
 
 def is_still_good(acm: Any, event: dict[str, Any]) -> bool:
-    """Whether the certificate is for the name that is asked for, and lasts for long enough."""
+    """Whether the certificate is there, for the name that is asked for, and lasts for long enough."""
     if event["OldResourceProperties"]["Name"] != event["ResourceProperties"]["Name"]:
         return False
     try:
         found = acm.describe_certificate(CertificateArn=event["PhysicalResourceId"])["Certificate"]
-    except acm.exceptions.ResourceNotFoundException:
+    except ClientError as error:
+        if _code(error) not in _GONE:
+            raise
+        _LOG.warning("Taken for gone, so another one is made: %s", error)
         return False
     return bool(found["NotAfter"] - datetime.now(UTC) > timedelta(days=_RENEW_DAYS))
 
 
 def delete_certificate(acm: Any, arn: str, *, pause: float = 10.0) -> None:
-    """Delete a certificate. ACM believes for a while that a listener that was just deleted still uses it."""
+    """Delete a certificate. ACM believes for a while that a listener that was just deleted still uses it.
+
+    One that is gone is what was asked for. If its tag was only taken off, it is left in the account, and the log names
+    it: better than a stack that cannot be deleted for it.
+    """
     for attempt in range(_ATTEMPTS):
         try:
             acm.delete_certificate(CertificateArn=arn)
-        except acm.exceptions.ResourceNotFoundException:
-            return  # gone already: what was asked for
-        except acm.exceptions.ResourceInUseException:
-            if attempt == _ATTEMPTS - 1:
+        except ClientError as error:
+            if _code(error) in _GONE:
+                _LOG.warning("Taken for gone, so not deleted: %s: %s", arn, error)
+                return
+            if _code(error) != "ResourceInUseException" or attempt == _ATTEMPTS - 1:
                 raise
             time.sleep(pause)
         else:
@@ -113,6 +127,10 @@ def make_certificate(name: str) -> tuple[bytes, bytes]:
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
     return certificate.public_bytes(serialization.Encoding.PEM), private
+
+
+def _code(error: ClientError) -> str:
+    return str(error.response["Error"]["Code"])
 
 
 def _log(context: Any) -> str:

@@ -22,8 +22,8 @@ import boto3
 from infra.certificate import handler
 from moto.cloudformation import parsing
 from moto.cloudformation.exceptions import ValidationError
-from moto.cloudformation.models import CloudFormationBackend, Stack
-from moto.cloudformation.parsing import OutputMap, ResourceMap
+from moto.cloudformation.models import CloudFormationBackend
+from moto.cloudformation.parsing import OutputMap
 from moto.cloudformation.responses import CloudFormationResponse
 from moto.core.common_models import CloudFormationModel
 from moto.core.responses import ActionResult
@@ -36,8 +36,10 @@ from moto.ecs.models import Cluster, ecs_backends
 from moto.elbv2.models import FakeLoadBalancer, FakeTargetGroup
 from moto.kms.models import Key
 from moto.moto_api._internal import mock_random
+from moto.s3.models import FakeBucket
 from moto.server import main as serve
 from moto.ssm.models import Parameter, ParameterDict
+from tests.infra import moto_deletion
 
 ACCOUNT = "123456789012"
 UBUNTU_IMAGE = "ami-03cf127a"
@@ -118,7 +120,12 @@ class Secret(Stub):
     attributes: ClassVar[Attributes] = {"Ref": lambda stub: stub.arn}
 
     def create(self) -> None:
-        made = self.client("secretsmanager").create_secret(Name=self.name, SecretString=self.properties["SecretString"])
+        made = self.client("secretsmanager").create_secret(
+            Name=self.name,
+            Description=self.properties["Description"],
+            SecretString=self.properties["SecretString"],
+            Tags=self.properties["Tags"],
+        )
         self.arn = made["ARN"]
 
     def delete(self, account_id: str, region_name: str) -> None:
@@ -133,6 +140,39 @@ class BucketEmptier(Stub):
     def delete(self, account_id: str, region_name: str) -> None:
         bucket = boto3.resource("s3", region_name=region_name).Bucket(self.properties["BucketName"])
         bucket.object_versions.delete()
+
+
+class Domain(Stub):
+    """A domain of Studio. As on AWS, it cannot go while anybody is in it."""
+
+    type = "AWS::SageMaker::Domain"
+    attributes: ClassVar[Attributes] = {
+        "Ref": lambda stub: f"d-{stub.suffix}",
+        "DomainId": lambda stub: f"d-{stub.suffix}",
+    }
+
+    def delete(self, account_id: str, region_name: str) -> None:
+        if left := [key for key in moto_deletion.MEMBERS if key[1] == self.physical_resource_id]:
+            raise RuntimeError(f"Unable to delete Domain [{self.physical_resource_id}]: it has {left}")
+
+
+class UserProfile(Stub):
+    """A user in a domain. As on AWS, it cannot go while it has apps."""
+
+    type = "AWS::SageMaker::UserProfile"
+    attributes: ClassVar[Attributes] = {
+        "Ref": lambda stub: f"{stub.properties['UserProfileName']}|{stub.properties['DomainId']}"
+    }
+
+    @property
+    def _named(self) -> dict[str, str]:
+        return {name: self.properties[name] for name in ("UserProfileName", "DomainId")}
+
+    def create(self) -> None:
+        self.client("sagemaker").create_user_profile(**self._named)
+
+    def delete(self, account_id: str, region_name: str) -> None:
+        self.client("sagemaker").delete_user_profile(**self._named)
 
 
 class SelfSignedCertificate(Stub):
@@ -190,7 +230,52 @@ def _texts(properties: Properties) -> dict[str, str]:
     return {name: value for name, value in properties.items() if isinstance(value, str)}
 
 
-REAL: dict[str, type[Stub]] = {one.type: one for one in (Secret, BucketEmptier, SelfSignedCertificate)}
+class MlflowTrackingServer(Stub):
+    """A tracking server; its API tells of it and deletes it."""
+
+    type = "AWS::SageMaker::MlflowTrackingServer"
+    attributes: ClassVar[Attributes] = {
+        "Ref": lambda stub: stub.properties["TrackingServerName"],
+        "TrackingServerArn": _arn("sagemaker", "mlflow-tracking-server/{TrackingServerName}"),
+    }
+
+    def create(self) -> None:
+        told = {"TrackingServerArn": self.attributes["TrackingServerArn"](self), "TrackingServerStatus": "Created"}
+        moto_deletion.MLFLOW[self.physical_resource_id] = {**self.properties, **told}
+
+    def delete(self, account_id: str, region_name: str) -> None:
+        moto_deletion.MLFLOW.pop(self.physical_resource_id, None)
+
+
+class MlflowApp(Stub):
+    """An App; its API tells of it and deletes it."""
+
+    type = "AWS::SageMaker::MlflowApp"
+    attributes: ClassVar[Attributes] = {
+        "Ref": _arn("sagemaker", "mlflow-app/app-{stub.suffix}"),
+        "Arn": _arn("sagemaker", "mlflow-app/app-{stub.suffix}"),
+    }
+
+    def create(self) -> None:
+        told = {"Arn": self.physical_resource_id, "Status": "Created"}
+        moto_deletion.MLFLOW[self.physical_resource_id] = {**self.properties, **told}
+
+    def delete(self, account_id: str, region_name: str) -> None:
+        moto_deletion.MLFLOW.pop(self.physical_resource_id, None)
+
+
+REAL: dict[str, type[Stub]] = {
+    one.type: one
+    for one in (
+        Secret,
+        BucketEmptier,
+        Domain,
+        UserProfile,
+        MlflowTrackingServer,
+        MlflowApp,
+        SelfSignedCertificate,
+    )
+}
 
 # Types with the attributes that templates ask for; `Ref` where it is not the name that moto makes.
 STUBS: dict[str, Attributes] = {
@@ -208,16 +293,6 @@ STUBS: dict[str, Attributes] = {
     # Not made in moto's S3: that judges policies without their conditions, so "deny without TLS" would deny everything.
     "AWS::S3::BucketPolicy": {},
     "AWS::SNS::TopicPolicy": {},
-    "AWS::SageMaker::Domain": {"DomainId": lambda stub: f"d-{stub.suffix}"},
-    "AWS::SageMaker::MlflowApp": {
-        "Ref": _arn("sagemaker", "mlflow-app/app-{stub.suffix}"),
-        "Arn": _arn("sagemaker", "mlflow-app/app-{stub.suffix}"),
-    },
-    "AWS::SageMaker::MlflowTrackingServer": {
-        "Ref": lambda stub: stub.properties["TrackingServerName"],
-        "TrackingServerArn": _arn("sagemaker", "mlflow-tracking-server/{TrackingServerName}"),
-    },
-    "AWS::SageMaker::UserProfile": {},
     "AWS::WAFv2::WebACL": {"Arn": _arn("wafv2", "regional/webacl/proxy/{stub.suffix}")},
     "AWS::WAFv2::WebACLAssociation": {},
 }
@@ -240,9 +315,11 @@ def repair() -> None:
     """What moto knows of CloudFormation, but gets wrong for these stacks."""
     _delete_what_is_left()
     _tag_keys()
+    _keep_versions()
     _name_balancers()
+    # Innermost first: what refuses a deletion stands before what does it.
+    moto_deletion.repair()
     _export()
-    _delete_in_order()
     _protect()
 
 
@@ -259,7 +336,9 @@ def _delete_what_is_left() -> None:
         ec2_backends[account_id][region_name].delete_vpc_endpoints([self.id])
 
     def gateway(self: NatGateway, account_id: str, region_name: str) -> None:
-        ec2_backends[account_id][region_name].delete_nat_gateway(self.id)
+        backend = ec2_backends[account_id][region_name]
+        backend.delete_nat_gateway(self.id)
+        backend.delete_network_interface(self._eni.id)
 
     def address(self: ElasticAddress, account_id: str, region_name: str) -> None:
         ec2_backends[account_id][region_name].release_address(allocation_id=self.allocation_id)
@@ -282,17 +361,35 @@ def _delete_what_is_left() -> None:
 
 
 def _tag_keys() -> None:
-    """moto takes the tags of KMS keys from CloudFormation's `Key` and `Value` for KMS's `TagKey` and `TagValue`."""
+    """moto takes the tags of KMS keys from CloudFormation's `Key` and `Value` for KMS's `TagKey` and `TagValue`.
+
+    And it keeps the policy as an object, where everything else of it wants JSON.
+    """
     original = Key.create_from_cloudformation_json.__func__
 
     def create(cls: type[Key], name: str, resource: dict[str, Any], *args: Any, **kwargs: Any) -> Key:
         properties = dict(resource["Properties"])
         tags = properties.get("Tags", [])
         properties["Tags"] = [{"TagKey": tag["Key"], "TagValue": tag["Value"]} for tag in tags]
+        properties["KeyPolicy"] = json.dumps(properties["KeyPolicy"])
         made: Key = original(cls, name, {**resource, "Properties": properties}, *args, **kwargs)
         return made
 
     Key.create_from_cloudformation_json = classmethod(create)
+
+
+def _keep_versions() -> None:
+    """moto's buckets have no versions when CloudFormation makes them."""
+    original = FakeBucket.create_from_cloudformation_json.__func__
+
+    def create(cls: type[FakeBucket], name: str, resource: dict[str, Any], *args: Any, **kwargs: Any) -> FakeBucket:
+        made: FakeBucket = original(cls, name, resource, *args, **kwargs)
+        if made.versioning_status is not None:
+            raise AssertionError("moto's buckets have versions now: take that from here")
+        made.versioning_status = resource["Properties"].get("VersioningConfiguration", {}).get("Status")
+        return made
+
+    FakeBucket.create_from_cloudformation_json = classmethod(create)
 
 
 def _name_balancers() -> None:
@@ -310,29 +407,6 @@ def _name_balancers() -> None:
 
     FakeTargetGroup.get_cfn_attribute = of_group
     FakeLoadBalancer.get_cfn_attribute = of_balancer
-
-
-def _delete_in_order() -> None:
-    """moto deletes resources in any order; CloudFormation in that of their dependencies, turned round.
-
-    And moto makes a deleted stack's resources once more when somebody asks for its outputs, as `cdk destroy` does.
-    """
-
-    def delete(self: ResourceMap) -> None:
-        for name in reversed(list(self._parsed_resources)):
-            declared = self._resource_json_map.get(name)
-            if declared is not None and declared.get("DeletionPolicy") != "Retain":
-                self._delete_resource(self._parsed_resources[name], declared)
-                del self._parsed_resources[name]
-        self._resource_json_map = {}
-
-    def forget_outputs(self: Stack) -> None:
-        delete_stack(self)
-        self.output_map = OutputMap(self.resource_map, {}, self.stack_id)
-
-    delete_stack = Stack.delete
-    Stack.delete = forget_outputs
-    ResourceMap.delete = delete
 
 
 def _protect() -> None:
@@ -359,7 +433,7 @@ def _protect() -> None:
 
 
 def _export() -> None:
-    """Stacks that moto makes by change sets have no outputs, export nothing and import nothing.
+    """Stacks that moto makes by change sets have no description and no outputs, export nothing and import nothing.
 
     And it deletes stacks whose exports others import, which CloudFormation refuses.
     """
@@ -372,6 +446,7 @@ def _export() -> None:
         stack.cross_stack_resources = stack.resource_map.cross_stack_resources = self.exports
         execute(self, change_set_name, stack_name)
         stack.template_dict = change_set.template_dict
+        stack.description = change_set.template_dict.get("Description")
         stack.output_map = OutputMap(stack.resource_map, stack.template_dict, stack.stack_id)
         prefix = f"{stack.name}:"
         for name in [name for name in self.exports if name.startswith(prefix)]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import json
+import os
 import threading
+import urllib.request
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
@@ -76,6 +79,11 @@ def ask(kind: str, arn: str | None = None, name: str = NAME, old: str = NAME) ->
     return answer
 
 
+def certificates(acm: Any) -> set[str]:
+    """The ARNs of those that are there; moto keeps them from one test to the next."""
+    return {one["CertificateArn"] for one in acm.list_certificates()["CertificateSummaryList"]}
+
+
 def test_certificate_is_for_the_name_and_imported_with_its_tags(acm: Any) -> None:
     answer = ask("Create")
     assert answer["Status"] == "SUCCESS"
@@ -94,7 +102,7 @@ def test_another_name_makes_another_certificate_and_the_old_one_is_deleted(acm: 
     second = ask("Update", first, "other.example.com")["PhysicalResourceId"]
     assert first != second
     assert ask("Delete", first)["Status"] == "SUCCESS"
-    left = {one["CertificateArn"] for one in acm.list_certificates()["CertificateSummaryList"]}
+    left = certificates(acm)
     assert second in left
     assert first not in left
 
@@ -133,31 +141,83 @@ def test_after_a_failed_creation_there_is_nothing_to_delete(acm: Any) -> None:
     }
 
 
-class Busy:
-    """ACM that still takes a certificate for used, which moto's never does."""
+@contextlib.contextmanager
+def acm_that_refuses(operation: str, code: str, times: int = 1000) -> Iterator[list[str]]:
+    """An endpoint that passes everything on to moto, and answers the operation with an error instead, so many times.
 
-    class exceptions:
-        class ResourceInUseException(Exception): ...
+    What moto never does: to deny access as IAM would, and to take a certificate for used. Gives the operations asked.
+    """
+    asked: list[str] = []
+    behind = os.environ["AWS_ENDPOINT_URL"]
 
-        class ResourceNotFoundException(Exception): ...
+    class Front(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            asked.append(self.headers["X-Amz-Target"].removeprefix("CertificateManager."))
+            if asked[-1] == operation and asked.count(operation) <= times:
+                self._answer(400, json.dumps({"__type": code, "Message": "the reason"}).encode())
+                return
+            request = urllib.request.Request(behind, body, dict(self.headers))
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                self._answer(answer.status, answer.read())
 
-    def __init__(self, times: int) -> None:
-        self.times = times
-        self.deleted = False
+        def _answer(self, status: int, body: bytes) -> None:
+            self.send_response(status)
+            self.send_header("Content-Type", "application/x-amz-json-1.1")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
 
-    def delete_certificate(self, **_: str) -> None:
-        self.times -= 1
-        if self.times >= 0:
-            raise self.exceptions.ResourceInUseException
-        self.deleted = True
+        def log_message(self, *_: Any) -> None: ...
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Front)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        yield asked
+    server.shutdown()
+    server.server_close()
 
 
-def test_certificate_of_a_listener_that_was_just_deleted_is_tried_again() -> None:
-    busy = Busy(3)
-    handler.delete_certificate(busy, "arn:x", pause=0)
-    assert busy.deleted
-    with pytest.raises(Busy.exceptions.ResourceInUseException):
-        handler.delete_certificate(Busy(1000), "arn:x", pause=0)
+def test_certificate_of_a_listener_that_was_just_deleted_is_tried_again(acm: Any) -> None:
+    arn = ask("Create")["PhysicalResourceId"]
+    with acm_that_refuses("DeleteCertificate", "ResourceInUseException"):
+        client = boto3.client("acm", region_name="eu-central-1")
+        with pytest.raises(client.exceptions.ResourceInUseException):
+            handler.delete_certificate(client, arn, pause=0)
+    assert arn in certificates(acm)
+    with acm_that_refuses("DeleteCertificate", "ResourceInUseException", times=3) as asked:
+        handler.delete_certificate(boto3.client("acm", region_name="eu-central-1"), arn, pause=0)
+    assert asked == ["DeleteCertificate"] * 4
+    assert arn not in certificates(acm)
+
+
+def test_access_denied_to_a_certificate_means_that_it_is_gone(acm: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """So IAM answers, because the function may reach only certificates with the stack's tag."""
+    gone = ask("Create")["PhysicalResourceId"]
+    acm.delete_certificate(CertificateArn=gone)
+    with acm_that_refuses("DescribeCertificate", "AccessDeniedException") as asked:
+        answer = ask("Update", gone)
+    assert answer["Status"] == "SUCCESS"
+    assert asked == ["DescribeCertificate", "ImportCertificate"]
+    assert answer["PhysicalResourceId"] != gone
+    assert answer["PhysicalResourceId"] in certificates(acm)
+    with acm_that_refuses("DeleteCertificate", "AccessDeniedException") as asked:
+        assert ask("Delete", gone)["Status"] == "SUCCESS"
+    assert asked == ["DeleteCertificate"], "another try would change nothing"
+    first, second = (record.getMessage() for record in caplog.records if record.name == handler.__name__)
+    assert "another one is made" in first
+    assert gone in second
+    assert "AccessDeniedException" in second
+
+
+@pytest.mark.parametrize(("kind", "operation"), [("Update", "DescribeCertificate"), ("Delete", "DeleteCertificate")])
+def test_another_error_is_told(acm: Any, kind: str, operation: str) -> None:
+    arn = ask("Create")["PhysicalResourceId"]
+    with acm_that_refuses(operation, "InvalidArnException"):
+        answer = ask(kind, arn)
+    assert (answer["Status"], answer["PhysicalResourceId"]) == ("FAILED", arn)
+    assert "InvalidArnException" in answer["Reason"]
 
 
 def test_failure_is_told_with_its_reason(acm: Any) -> None:

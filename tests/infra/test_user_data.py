@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import ssl
 import subprocess
 import sys
@@ -38,7 +39,8 @@ from tests.infra.variants import REGION, ROOT, resolve, synthesize
 
 from mlflow_proxy import configuration
 
-AGENT_BUCKET = f"amazoncloudwatch-agent-{REGION}.s3.{REGION}.amazonaws.com"
+REGIONS_BUCKET = f"amazoncloudwatch-agent-{REGION}.s3.{REGION}.amazonaws.com"
+GENERAL_BUCKET = "amazoncloudwatch-agent.s3.amazonaws.com"
 CREDENTIALS = {"AccessKeyId": "ASIAEXAMPLE", "SecretAccessKey": "secret/With+signs", "Token": "tok/en+=="}
 
 
@@ -92,27 +94,40 @@ class Metadata(http.server.BaseHTTPRequestHandler):
 
 
 class Aws(http.server.BaseHTTPRequestHandler):
-    """S3 with the application, and with what is public there; and CloudFormation, which notes the signals."""
+    """S3 with the application, and with what is public there; and CloudFormation, which notes the signals.
 
-    archive: ClassVar[bytes] = b""
-    public: ClassVar[dict[str, bytes]] = {}
+    `public`: by bucket's host and path. `failures`: what the next signals meet, and are not taken: a status and a code
+    as in CloudFormation's answers, or a connection that ends (None).
+    """
+
+    archive: ClassVar[bytes | None] = b""
+    public: ClassVar[dict[tuple[str, str], bytes]] = {}
     signals: ClassVar[list[dict[str, list[str]]]] = []
+    failures: ClassVar[list[tuple[int, str] | None]] = []
 
     def do_GET(self) -> None:
-        if self.headers["Host"] == AGENT_BUCKET:
-            found = self.public.get(self.path)
+        if self.headers["Host"] in (REGIONS_BUCKET, GENERAL_BUCKET):
+            found = self.public.get((self.headers["Host"], self.path))
             self.send_response(404 if found is None else 200)
             self.end_headers()
             self.wfile.write(found or b"")
             return
-        right = signed_by_host(self, b"")
+        right = signed_by_host(self, b"") and self.archive is not None
         self.send_response(200 if right and ".s3." in self.headers["Host"] else 403)
         self.end_headers()
-        self.wfile.write(self.archive if right else b"SignatureDoesNotMatch")
+        self.wfile.write(self.archive or b"" if right else b"SignatureDoesNotMatch")
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         right = signed_by_host(self, body) and self.headers["Host"] == f"cloudformation.{REGION}.amazonaws.com"
+        if right and self.failures:
+            failure = self.failures.pop(0)
+            if failure is not None:
+                status, code = failure
+                self.send_response(status)
+                self.end_headers()
+                self.wfile.write(f"<ErrorResponse><Error><Code>{code}</Code></Error></ErrorResponse>".encode())
+            return
         if right:
             self.signals.append(parse_qs(body.decode()))
         self.send_response(200 if right else 403)
@@ -140,6 +155,7 @@ def environ(tmp_path: Path) -> Iterator[dict[str, str]]:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(tmp_path / "server.pem")
     Aws.signals.clear()
+    Aws.failures.clear()
     with serving(Metadata) as metadata, serving(Aws, context) as aws:
         lines = [f'connect-to = "169.254.169.254:80:127.0.0.1:{metadata}"', f'connect-to = ":443:127.0.0.1:{aws}"']
         (tmp_path / ".curlrc").write_text("\n".join(["insecure", 'noproxy = "*"', *lines, ""]))
@@ -157,6 +173,14 @@ def script(folder: Path, end: str) -> str:
     first, rest = text.split("\n# The service writes to the journal")
     assert "install.sh" in rest
     return f"{first.replace('/opt/mlflow-proxy-setup', str(folder))}\n{end}\n"
+
+
+def packed(install: str) -> bytes:
+    """An application whose installation is these commands."""
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as made:
+        made.writestr("deploy/install.sh", f"{install}\n")
+    return archive.getvalue()
 
 
 def run(text: str, environ: dict[str, str]) -> subprocess.CompletedProcess[str]:
@@ -186,6 +210,53 @@ def test_failure_is_told_at_once(environ: dict[str, str], tmp_path: Path) -> Non
     done = run(script(tmp_path / "setup", "signal SUCCESS"), environ)
     assert done.returncode != 0
     assert [told["Status"] for told in Aws.signals] == [["FAILURE"]]
+
+
+def test_application_that_cannot_be_fetched_is_told(environ: dict[str, str], tmp_path: Path) -> None:
+    Aws.archive = None
+    text = script(tmp_path / "setup", "signal SUCCESS")
+    assert text.count("--retry 5 ") == 1
+    done = run(text.replace("--retry 5 ", "--retry 0 "), environ)
+    assert done.returncode != 0
+    assert [told["Status"] for told in Aws.signals] == [["FAILURE"]]
+
+
+# CloudFormation's answer if the stack is not being made or changed, as for a host that Auto Scaling starts later.
+NOBODY_WAITS = (400, "ValidationError")
+# Pauses are told instead of made.
+AT_ONCE = 'sleep() { echo "pause $1"; }\n'
+
+
+@pytest.mark.parametrize(("end", "code"), [("signal SUCCESS", 0), ("exit 3", 3)])
+def test_signal_that_no_deployment_waits_for_is_no_error(
+    environ: dict[str, str], tmp_path: Path, end: str, code: int
+) -> None:
+    Aws.archive = packed("")
+    Aws.failures[:] = [NOBODY_WAITS] * 20
+    done = run(script(tmp_path / "setup", AT_ONCE + end), environ)
+    assert done.returncode == code, done.stderr
+    assert "No deployment waits for this host." in done.stdout
+    assert "<Code>ValidationError</Code>" in done.stdout, "CloudFormation's own words"
+    assert "pause" not in done.stdout
+    assert len(Aws.failures) == 19, "it is not tried again"
+
+
+def test_signal_is_tried_again_after_what_may_pass(environ: dict[str, str], tmp_path: Path) -> None:
+    Aws.archive = packed("")
+    Aws.failures[:] = [(503, "ServiceUnavailable"), None, (400, "Throttling")]
+    done = run(script(tmp_path / "setup", AT_ONCE + "signal SUCCESS"), environ)
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"pause (\d+)", done.stdout) == ["1", "2", "4"]
+    assert "No deployment waits" not in done.stdout
+    assert [told["Status"] for told in Aws.signals] == [["SUCCESS"]]
+
+
+def test_signal_that_is_never_taken_is_an_error_once(environ: dict[str, str], tmp_path: Path) -> None:
+    Aws.archive = packed("")
+    Aws.failures[:] = [(403, "AccessDenied")] * 20
+    done = run(script(tmp_path / "setup", AT_ONCE + "signal SUCCESS"), environ)
+    assert done.returncode != 0
+    assert len(Aws.failures) == 20 - 6, "no FAILURE is sent after the SUCCESS that was not taken"
 
 
 # The whole, on a host
@@ -262,6 +333,7 @@ def host(tmp_path: Path) -> Iterator[Host]:
         (booted / "/etc/hosts").write_text("".join(f"127.0.0.1 {name}\n" for name in ["localhost", *names]))
         context = authority.server("amazonaws.com", *names)
         Aws.signals.clear()
+        Aws.failures.clear()
         for handler, address, tls in ((Metadata, ("169.254.169.254", 80), None), (Aws, ("127.0.0.1", 443), context)):
             server = booted.in_network(partial(http.server.ThreadingHTTPServer, address, handler))
             if tls is not None:
@@ -272,17 +344,19 @@ def host(tmp_path: Path) -> Iterator[Host]:
         yield booted
 
 
-def first_boot(host: Host, agent: Agent, archive: bytes) -> subprocess.CompletedProcess[str]:
-    """Run the user data, with the tests' key in the place of AWS's."""
+def first_boot(
+    host: Host, agent: Agent, archive: bytes, *, package: str = REGIONS_BUCKET, key: str = GENERAL_BUCKET
+) -> subprocess.CompletedProcess[str]:
+    """Run the user data, with the tests' key in the place of AWS's. In which buckets: as far as AWS documents it."""
     text = user_data()
     assert text.count(FINGERPRINT) == 1
     Aws.archive = archive
     path = "/" + re.findall(r"ubuntu/\w+/latest/", text)[0]
     name = "amazon-cloudwatch-agent"
     Aws.public = {
-        f"{path}{name}.deb": agent.package,
-        f"{path}{name}.deb.sig": agent.signature,
-        f"/assets/{name}.gpg": agent.key,
+        (package, f"{path}{name}.deb"): agent.package,
+        (package, f"{path}{name}.deb.sig"): agent.signature,
+        (key, f"/assets/{name}.gpg"): agent.key,
     }
     (host / "/root/user-data").write_text(text.replace(FINGERPRINT, agent.fingerprint))
     return host.run("bash", "/root/user-data")
@@ -320,14 +394,6 @@ def test_whole_script_makes_a_host_that_serves(host: Host, agent: Agent, applica
     assert (host / "/var/log/mlflow-proxy.log").stat().st_size == 0
 
 
-def packed(install: str) -> bytes:
-    """An application whose installation is these commands."""
-    archive = io.BytesIO()
-    with zipfile.ZipFile(archive, "w") as made:
-        made.writestr("deploy/install.sh", f"{install}\n")
-    return archive.getvalue()
-
-
 @needs_host
 def test_installation_that_fails_is_told(host: Host, agent: Agent) -> None:
     done = first_boot(host, agent, packed("exit 3"))
@@ -347,3 +413,58 @@ def test_agent_that_aws_did_not_sign_is_not_installed(host: Host, agent: Agent, 
     assert [told["Status"] for told in Aws.signals] == [["FAILURE"]]
     assert not (host / "/opt/aws").exists()
     assert not (host / "/run/installed").exists()
+
+
+@contextlib.contextmanager
+def closed_network(host: Host) -> Iterator[None]:
+    """Connections to the general bucket end nowhere, as where there is no way to the internet.
+
+    Linux drops the first packet of a connection while too many others wait to be accepted.
+    """
+    with contextlib.ExitStack() as stack:
+        listener, *waiting = (stack.enter_context(host.in_network(socket.socket)) for _ in range(4))
+        listener.bind(("127.0.0.2", 443))
+        listener.listen(0)
+        for each in waiting:
+            each.setblocking(False)
+            each.connect_ex(("127.0.0.2", 443))
+        names = (host / "/etc/hosts").read_text()
+        line = f"127.0.0.1 {GENERAL_BUCKET}\n"
+        assert line in names
+        (host / "/etc/hosts").write_text(names.replace(line, line.replace("127.0.0.1", "127.0.0.2")))
+        yield
+
+
+@needs_host
+def test_agent_comes_from_the_general_bucket_if_not_from_the_regions(host: Host, agent: Agent) -> None:
+    done = first_boot(host, agent, packed("touch /run/installed"), package=GENERAL_BUCKET)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (host / "/run/agent-calls").exists()
+    assert (host / "/run/installed").exists()
+    assert "left out" not in done.stdout
+
+
+@needs_host
+def test_closed_network_needs_the_regions_bucket_only(host: Host, agent: Agent) -> None:
+    with closed_network(host):
+        done = first_boot(host, agent, packed("touch /run/installed"), key=REGIONS_BUCKET)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert GENERAL_BUCKET not in done.stderr, "it was not even tried"
+    assert (host / "/run/agent-calls").exists()
+    assert (host / "/run/installed").exists()
+
+
+@needs_host
+@pytest.mark.parametrize(("missing", "closed"), [("package", False), ("key", False), ("key", True)])
+def test_host_without_an_agent_to_be_had_serves_and_tells_why(
+    host: Host, agent: Agent, missing: str, closed: bool
+) -> None:
+    with closed_network(host) if closed else contextlib.nullcontext():
+        done = first_boot(host, agent, packed("touch /run/installed"), **{missing: "nowhere"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [told["Status"] for told in Aws.signals] == [["SUCCESS"]]
+    assert (host / "/run/installed").exists()
+    assert not (host / "/opt/aws").exists()
+    (reason,) = re.findall("^The CloudWatch agent is left out: .+$", done.stdout, re.M)
+    assert (".gpg" in reason, ".deb.sig" in reason) == (missing == "key", missing == "package")
+    assert {f"https://{REGIONS_BUCKET}", f"https://{GENERAL_BUCKET}:"} <= set(reason.split())
