@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import aws_cdk as cdk
@@ -18,7 +19,7 @@ from infra.acknowledgements import acknowledge_lint
 from infra.networking import Network
 from infra.permissions import Permissions
 from infra.proxy_configuration import Configuration, as_toml
-from infra.settings import Settings
+from infra.settings import Settings, SettingsError
 
 # Canonical's parameter names the newest image of Ubuntu 24.04: each deployment takes that.
 _UBUNTU = "/aws/service/canonical/ubuntu/server/24.04/stable/current/{}/hvm/ebs-gp3/ami-id"
@@ -26,6 +27,11 @@ _DPKG_ARCHITECTURE = {"arm64": "arm64", "x86_64": "amd64"}
 _USER_DATA = Path(__file__).parent / "host" / "user_data.sh"
 _SHEBANG = "#!/bin/bash"
 _DISK_GIGABYTES = 12
+# EC2's limit, in bytes before encoding (EC2 guide, "Run commands when you launch an EC2 instance").
+_MOST_USER_DATA = 16_384
+# What CloudFormation fills in is ARNs and names above all; IAM's longest ARN of a role of ours has 95 bytes.
+_TOKEN = re.compile(r"\$\{Token\[[^\]]*\]\}")
+_TOKEN_BYTES = 128
 # A host needs about three minutes from its start to its first answer.
 _BOOT = cdk.Duration.minutes(15)
 _GRACE = cdk.Duration.minutes(5)
@@ -159,4 +165,17 @@ class HostsOnEc2(Construct):
         text = _USER_DATA.read_text("utf-8").removeprefix(f"{_SHEBANG}\n")
         for word, value in words.items():
             text = text.replace(f"@{word}@", value)
+        _check_size(f"{_SHEBANG}\n{text}")
         return text
+
+
+def _check_size(user_data: str) -> None:
+    """Raise SettingsError if EC2 could refuse user data for its size: hosts would not start, and that late."""
+    size = len(_TOKEN.sub("x" * _TOKEN_BYTES, user_data).encode())
+    if size > _MOST_USER_DATA:
+        raise SettingsError(
+            [
+                f"roles: with these and proxy_options the script of a host's first start may have {size} bytes, and "
+                f"EC2 takes {_MOST_USER_DATA}; name groups instead of subjects, or take compute=fargate"
+            ]
+        )

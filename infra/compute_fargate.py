@@ -20,8 +20,6 @@ from infra.settings import Settings
 
 _CPU = 512
 _MEMORY = 1024  # MiB
-# The most that Fargate waits before it ends a container.
-_STOP_SECONDS = 120
 # What may be written to beside the read-only root: the folder that workers share their counters in, and those of the
 # agent of ECS Exec. AWS does not support that agent with a read-only root; with these folders it works, as its users
 # report (aws/containers-roadmap, issue 1359).
@@ -106,7 +104,7 @@ class TasksOnFargate(Construct):
             cpu=_CPU,
             memory_limit_mib=_MEMORY,
             task_role=permissions.host,
-            execution_role=self._execution_role(settings, log_group),
+            execution_role=self._execution_role(settings),
             runtime_platform=ecs.RuntimePlatform(
                 cpu_architecture=ecs.CpuArchitecture.ARM64
                 if settings.architecture == "arm64"
@@ -124,7 +122,7 @@ class TasksOnFargate(Construct):
             ),
             port_mappings=[ecs.PortMapping(container_port=PROXY_PORT)],
             readonly_root_filesystem=True,
-            stop_timeout=cdk.Duration.seconds(min(_STOP_SECONDS, settings.drain_seconds)),
+            stop_timeout=cdk.Duration.seconds(settings.drain_seconds),
             linux_parameters=ecs.LinuxParameters(self, "Linux", init_process_enabled=True),
         )
         acknowledge(
@@ -141,20 +139,13 @@ class TasksOnFargate(Construct):
         )
         return task
 
-    def _execution_role(self, settings: Settings, log_group: logs.ILogGroup) -> iam.Role:
-        """What ECS itself needs to start a task: the image, and the log."""
+    def _execution_role(self, settings: Settings) -> iam.Role:
+        """What ECS itself needs to start a task: the image. The log driver adds the log."""
         role = iam.Role(
             self,
             "ExecutionRole",
             description="Starts tasks of the MLflow proxy",
             assumed_by=iam.ServicePrincipal("ecs-tasks.amazonaws.com"),
-        )
-        role.add_to_policy(
-            iam.PolicyStatement(
-                sid="Logs",
-                actions=["logs:CreateLogStream", "logs:PutLogEvents"],
-                resources=[log_group.log_group_arn],
-            )
         )
         repository = _ECR.match(settings.image or "")
         if repository is not None:

@@ -40,7 +40,11 @@ class DomainStack(cdk.Stack):
         cdk.CfnOutput(self, "DomainId", value=domain.attr_domain_id, description="The SageMaker AI domain")
 
     def _execution_role(self) -> iam.Role:
-        """What apps in the domain may do by themselves: run in it, and write their logs."""
+        """What Studio does for a person, and apps by themselves: spaces and apps of the domain, and their logs.
+
+        That is what AWS's guide grants for spaces ("Give your users access to spaces"). Data, jobs and models are not
+        in it: give people what they need of these with a policy of yours.
+        """
         role = iam.Role(
             self,
             "ExecutionRole",
@@ -53,6 +57,12 @@ class DomainStack(cdk.Stack):
             self.format_arn(service="sagemaker", resource=kind, resource_name="*")
             for kind in ("app", "domain", "space", "user-profile")
         ]
+        # Policy variables that Studio's sessions have.
+        own_profile = self.format_arn(
+            service="sagemaker",
+            resource="user-profile",
+            resource_name="${sagemaker:DomainId}/${sagemaker:UserProfileName}",
+        )
         studio_logs = self.format_arn(
             service="logs",
             resource="log-group",
@@ -78,6 +88,33 @@ class DomainStack(cdk.Stack):
         )
         role.add_to_policy(
             iam.PolicyStatement(
+                sid="OwnAddress", actions=["sagemaker:CreatePresignedDomainUrl"], resources=[own_profile]
+            )
+        )
+        role.add_to_policy(
+            # These actions have no resource-level permissions.
+            iam.PolicyStatement(
+                sid="Lists",
+                actions=[
+                    "sagemaker:ListApps",
+                    "sagemaker:ListDomains",
+                    "sagemaker:ListSpaces",
+                    "sagemaker:ListUserProfiles",
+                ],
+                resources=["*"],
+            )
+        )
+        role.add_to_policy(
+            # Studio tags what it makes; nothing is tagged later.
+            iam.PolicyStatement(
+                sid="TagsOfNewAppsAndSpaces",
+                actions=["sagemaker:AddTags"],
+                resources=[arn for arn in of_domains if ":app/" in arn or ":space/" in arn],
+                conditions={"Null": {"sagemaker:TaggingAction": "false"}},
+            )
+        )
+        role.add_to_policy(
+            iam.PolicyStatement(
                 sid="StudioLogs",
                 actions=["logs:CreateLogGroup", "logs:CreateLogStream", "logs:PutLogEvents"],
                 resources=[studio_logs],
@@ -86,7 +123,8 @@ class DomainStack(cdk.Stack):
         acknowledge(
             role,
             "A domain's id is only known when it exists, and its role must exist before: so all domains of this "
-            "account in this region. Studio names its log streams itself.",
+            "account in this region. Lists have no resource-level permissions. Studio names its log streams itself.",
+            "IAM5[Resource::*]",
             *(f"IAM5[Resource::{arn}]" for arn in (*of_domains, studio_logs)),
         )
         return role

@@ -69,7 +69,8 @@ class LoadBalancer(Construct):
     def _target_group(self, settings: Settings, network: Network) -> elbv2.ApplicationTargetGroup:
         return elbv2.ApplicationTargetGroup(
             self,
-            "Targets",
+            # A change of the scheme replaces the load balancer, and a target group belongs to one only.
+            "PublicTargets" if settings.internet_facing else "Targets",
             vpc=network.vpc,
             port=PROXY_PORT,
             protocol=elbv2.ApplicationProtocol.HTTP,

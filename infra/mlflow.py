@@ -15,7 +15,7 @@ from aws_cdk import aws_sagemaker as sagemaker
 from constructs import Construct
 
 from infra.acknowledgements import acknowledge
-from infra.retention import acknowledge_bucket_emptier, encryption_key, log_bucket, removal
+from infra.retention import acknowledge_bucket_emptier, encryption_key, log_bucket, named_removal, removal
 from infra.settings import Settings
 
 # Older versions of changed artifacts are kept so long; parts of an upload that never ended, so long.
@@ -35,7 +35,7 @@ class MlflowTarget:
 
 
 class MlflowStack(cdk.Stack):
-    """A tracking server, or an App, with its role and bucket."""
+    """A tracking server, or an App, with its role and bucket. In prod all of that stays when the stack goes."""
 
     def __init__(self, scope: Construct, id: str, settings: Settings, **options: Any) -> None:
         super().__init__(scope, id, **options)
@@ -88,6 +88,8 @@ class MlflowStack(cdk.Stack):
             self,
             "MlflowRole",
             description="SageMaker MLflow to its artifact bucket",
+            # AWS's guide has this condition for other parts of SageMaker, and says nothing of MLflow ("Cross-service
+            # confused deputy prevention"): docs/deploy-aws.md says what to do if MLflow does not meet it.
             assumed_by=iam.ServicePrincipal(
                 "sagemaker.amazonaws.com", conditions={"StringEquals": {"aws:SourceAccount": self.account}}
             ),
@@ -121,6 +123,10 @@ class MlflowStack(cdk.Stack):
         )
         if settings.model_registration:
             self._allow_registration(role)
+        # MLflow that is kept still needs it for the artifacts that are kept.
+        for part in (role.node.default_child, role.node.find_child("DefaultPolicy").node.default_child):
+            assert isinstance(part, cdk.CfnResource)  # noqa: S101
+            part.apply_removal_policy(named_removal(settings))
         return role
 
     def _allow_registration(self, role: iam.Role) -> None:
@@ -160,6 +166,7 @@ class MlflowStack(cdk.Stack):
             role_arn=role.role_arn,
         )
         server.node.add_dependency(role.node.find_child("DefaultPolicy"))
+        server.apply_removal_policy(named_removal(settings))
         return server.attr_tracking_server_arn
 
     def _app(self, settings: Settings, role: iam.Role) -> str:
@@ -175,4 +182,5 @@ class MlflowStack(cdk.Stack):
             role_arn=role.role_arn,
         )
         app.node.add_dependency(role.node.find_child("DefaultPolicy"))
+        app.apply_removal_policy(named_removal(settings))
         return app.attr_arn

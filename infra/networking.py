@@ -5,6 +5,7 @@ So nothing here may depend on mode or compute: the other mode's stacks use what 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from constructs import Construct
 
 from infra.acknowledgements import acknowledge
 from infra.retention import log_group
-from infra.settings import Settings
+from infra.settings import Settings, SettingsError
 
 PROXY_PORT = 8080
 # ElastiCache Serverless: writes and reads, and reads from replicas.
@@ -25,17 +26,31 @@ _ENDPOINTS = {
     "Sts": "com.amazonaws.{region}.sts",
     "Logs": "com.amazonaws.{region}.logs",
     "Ssm": "com.amazonaws.{region}.ssm",
+    # And no ec2messages: from version 3.3.40 on, the agent takes ssmmessages in its place (Systems Manager guide,
+    # "Improve the security of EC2 instances by using VPC endpoints").
     "SsmMessages": "com.amazonaws.{region}.ssmmessages",
-    "Ec2Messages": "com.amazonaws.{region}.ec2messages",
     "SecretsManager": "com.amazonaws.{region}.secretsmanager",
     "EcrApi": "com.amazonaws.{region}.ecr.api",
     "EcrDocker": "com.amazonaws.{region}.ecr.dkr",
 }
 # Hosts tell CloudFormation here that they are ready; with a NAT gateway they need no endpoint for that.
 _CLOSED_ENDPOINTS = {"CloudFormation": "com.amazonaws.{region}.cloudformation"}
-
-
+# What load balancers and Valkey take at the least, and what a new VPC has at the most.
+_LEAST_ZONES = 2
+_MOST_ZONES = 3
 Subnets = tuple[ec2.ISubnet, ...]
+
+
+def _one_per_zone(subnets: Iterable[ec2.ISubnet]) -> dict[str, ec2.ISubnet]:
+    """The first of each zone."""
+    found: dict[str, ec2.ISubnet] = {}
+    for subnet in subnets:
+        found.setdefault(subnet.availability_zone, subnet)
+    return found
+
+
+def _in_zones(subnets: Mapping[str, ec2.ISubnet], zones: Iterable[str]) -> Subnets:
+    return tuple(subnets[zone] for zone in zones if zone in subnets)
 
 
 @dataclass(frozen=True)
@@ -82,8 +97,10 @@ class NetworkingStack(cdk.Stack):
 
     @property
     def availability_zones(self) -> list[str]:
-        """The first zones that AWS names, known when deployed: so synthesis asks AWS nothing."""
-        return [cdk.Fn.select(index, cdk.Fn.get_azs()) for index in range(self._settings.zones)]
+        """Those of the settings, or the first that AWS names, known when deployed: so synthesis asks AWS nothing."""
+        return self._settings.zone_names or [
+            cdk.Fn.select(index, cdk.Fn.get_azs()) for index in range(self._settings.zones)
+        ]
 
     def _new_vpc(self) -> ec2.Vpc:
         settings = self._settings
@@ -93,6 +110,8 @@ class NetworkingStack(cdk.Stack):
             "Vpc",
             ip_addresses=ec2.IpAddresses.cidr(settings.vpc_cidr),
             max_azs=settings.zones,
+            # Room for a third zone: subnets keep their addresses when it comes, as these cannot be changed.
+            reserved_azs=_MOST_ZONES - settings.zones,
             nat_gateways=settings.nat_gateway_count,
             subnet_configuration=[
                 ec2.SubnetConfiguration(
@@ -114,13 +133,43 @@ class NetworkingStack(cdk.Stack):
         return ec2.Vpc.from_lookup(self, "Vpc", vpc_id=vpc_id)
 
     def _subnets(self, vpc: ec2.IVpc) -> tuple[Subnets, Subnets, Subnets]:
-        """Public, private and isolated ones. An existing VPC may have no isolated ones; then the private do."""
+        """Public, private and isolated ones, each in another zone."""
         if self._settings.vpc_id is None:
             groups = [vpc.select_subnets(subnet_group_name=name) for name in ("public", "private", "isolated")]
             public, private, isolated = (tuple(group.subnets) for group in groups)
             return public, private, isolated
-        private = tuple(vpc.private_subnets)
-        return tuple(vpc.public_subnets), private, tuple(vpc.isolated_subnets) or private
+        return self._existing_subnets(vpc)
+
+    def _existing_subnets(self, vpc: ec2.IVpc) -> tuple[Subnets, Subnets, Subnets]:
+        """Those of an existing VPC. AWS takes one of a zone for load balancer, endpoints and Valkey, in two or more.
+
+        Where there are not enough isolated ones, the private ones do. Raises SettingsError.
+        """
+        public, private, isolated = map(_one_per_zone, (vpc.public_subnets, vpc.private_subnets, vpc.isolated_subnets))
+        if not private:
+            raise self._refused("no private subnets with a way out, in which the proxy runs")
+        if self._settings.internet_facing:
+            if not public:
+                raise self._refused("no public subnets, which internet_facing takes", or_else="internet_facing=false, ")
+            # The load balancer sends nothing to zones in which it is not.
+            private = {zone: subnet for zone, subnet in private.items() if zone in public}
+            public = {zone: subnet for zone, subnet in public.items() if zone in private}
+        if len(private) < _LEAST_ZONES:
+            both = "public and private" if self._settings.internet_facing else "private"
+            raise self._refused(f"{both} subnets in fewer than {_LEAST_ZONES} zones")
+        zones = sorted(private)[:_MOST_ZONES]
+        data = {zone: subnet for zone, subnet in isolated.items() if zone in zones}
+        if len(data) < _LEAST_ZONES:
+            data = private
+        return _in_zones(public, zones), _in_zones(private, zones), _in_zones(data, zones)
+
+    def _refused(self, what: str, or_else: str = "") -> SettingsError:
+        return SettingsError(
+            [
+                f"vpc_id: {self._settings.vpc_id} has {what}; write {or_else}another vpc_id, or none for a new VPC; or "
+                "make such subnets in two zones or more, and delete infra/cdk.context.json, which remembers the VPC"
+            ]
+        )
 
     def _group(self, vpc: ec2.IVpc, id: str, description: str, *, outbound: bool) -> ec2.SecurityGroup:
         return ec2.SecurityGroup(

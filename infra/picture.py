@@ -36,7 +36,7 @@ _CELLS = {
     "roles": ("sts",),
     "secrets": ("secretsmanager",),
     "logs": ("logs",),
-    "ssm": ("ssm", "ssmmessages", "ec2messages"),
+    "ssm": ("ssm", "ssmmessages"),
 }
 _STORES = {"ec2": ("s3",), "fargate": ("ecr.api", "ecr.dkr")}
 _NAMES = {

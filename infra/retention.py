@@ -20,6 +20,11 @@ def removal(settings: Settings) -> cdk.RemovalPolicy:
     return cdk.RemovalPolicy.RETAIN if settings.is_prod else cdk.RemovalPolicy.DESTROY
 
 
+def named_removal(settings: Settings) -> cdk.RemovalPolicy:
+    """The same for what has a name of its own: a first deployment that fails leaves nothing in the next one's way."""
+    return cdk.RemovalPolicy.RETAIN_ON_UPDATE_OR_DELETE if settings.is_prod else cdk.RemovalPolicy.DESTROY
+
+
 def log_group(scope: Construct, id: str, settings: Settings) -> logs.LogGroup:
     """A log group with the environment's retention. Its name begins with the stack's.
 

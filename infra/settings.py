@@ -12,7 +12,7 @@ import re
 import tomllib
 import types
 from collections.abc import Callable, Iterator, Mapping
-from ipaddress import ip_network
+from ipaddress import AddressValueError, IPv4Network, NetmaskValueError
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
@@ -24,6 +24,10 @@ from mlflow_proxy.targets import Mode
 
 # CloudWatch Logs takes no other numbers (API reference of PutRetentionPolicy).
 _RETENTION = (1, 3, 5, 7, 14, 30, 60, 90, 120, 150, 180, 365, 400, 545, 731, 1096, 1827, 2192, 2557, 2922, 3288, 3653)
+# Two rules each, and a security group has 60 of them (quotas of Amazon VPC, "Inbound or outbound rules").
+_MOST_NETWORKS = 30
+# The most that ECS waits before it ends a container on Fargate (API reference of ContainerDefinition, "stopTimeout").
+_FARGATE_STOP_SECONDS = 120
 _VARIABLES = {"stack_env": "STACK_ENV", "mlflow_type": "MLFLOW_TYPE"}
 _ROOT = Path(__file__).parent.parent
 _OIDC = (
@@ -57,6 +61,17 @@ def _json(value: Any) -> Any:
 def _from_root(value: Path) -> Path:
     """Relative paths begin at the repository, where people deploy; `cdk` runs in infra/."""
     return _ROOT / value
+
+
+def _ipv4_network(value: str) -> IPv4Network:
+    """A network such as security groups take it here. Raises ValueError with what to write instead."""
+    try:
+        network = IPv4Network(value, strict=False)
+    except (AddressValueError, NetmaskValueError):
+        raise ValueError(f"takes IPv4 networks such as 10.0.0.0/8, and {value} is none; write such a one") from None
+    if str(network) != value:
+        raise ValueError(f"takes networks as address/length without bits behind the length; write {network}")
+    return network
 
 
 def _toml(value: Any) -> Any:
@@ -123,6 +138,11 @@ class Settings(BaseModel):
     )
     vpc_cidr: str = Field("10.42.0.0/16", description="Addresses of a new VPC, /16 to /22.")
     zones: int = Field(2, ge=2, le=3, description="Availability Zones of a new VPC.")
+    zone_names: Texts = Field(
+        default_factory=list,
+        description="These zones by name, such as `eu-central-1a,eu-central-1c`, where the first ones lack something. "
+        "Default: the first that AWS names.",
+    )
     nat_gateways: Literal["0", "1", "per-zone"] | None = Field(
         None,
         description="NAT gateways of a new VPC. `0`: nothing leaves it but through endpoints. "
@@ -214,7 +234,7 @@ class Settings(BaseModel):
     )
     waf: bool = Field(True, description="Put AWS WAF before the load balancer.")
     waf_rate: int = Field(
-        5000, ge=10, description="Requests of one address in five minutes beyond which WAF blocks it."
+        30000, ge=10, description="Requests of one address in five minutes beyond which WAF blocks it."
     )
     waf_counted_rules: Texts = Field(
         default_factory=lambda: ["SizeRestrictions_BODY"],
@@ -264,7 +284,7 @@ class Settings(BaseModel):
     @field_validator("vpc_cidr")
     @classmethod
     def _cidr(cls, value: str) -> str:
-        if not 16 <= ip_network(value).prefixlen <= 22:
+        if not 16 <= _ipv4_network(value).prefixlen <= 22:
             raise ValueError("must be /16 to /22, so that nine subnets fit")
         return value
 
@@ -272,7 +292,11 @@ class Settings(BaseModel):
     @classmethod
     def _cidrs(cls, value: list[str]) -> list[str]:
         for item in value:
-            ip_network(item)
+            _ipv4_network(item)
+        if len(value) > _MOST_NETWORKS:
+            raise ValueError(
+                f"has {len(value)} networks, and a security group takes {_MOST_NETWORKS}; write larger ones"
+            )
         return value
 
     @property
@@ -406,6 +430,7 @@ def _network_problems(settings: Settings) -> Iterator[str]:
         yield "allowed_cidrs: is required with internet_facing; name the networks of your callers, or 0.0.0.0/0 for all"
     if settings.vpc_id is not None and settings.nat_gateways is not None:
         yield "nat_gateways: counts only for a new VPC; remove it, or vpc_id"
+    yield from _zone_problems(settings)
     if not settings.is_closed:
         return
     closed = "nat_gateways: 0 leaves no way out of the VPC but endpoints, and "
@@ -419,6 +444,19 @@ def _network_problems(settings: Settings) -> Iterator[str]:
         yield closed + f"only images in ECR of {settings.region} can be had; push the image there"
 
 
+def _zone_problems(settings: Settings) -> Iterator[str]:
+    names = settings.zone_names
+    if not names:
+        return
+    if settings.vpc_id is not None:
+        yield "zone_names: counts only for a new VPC; remove it, or vpc_id"
+    if len(set(names)) != settings.zones:
+        yield f"zone_names: must name {settings.zones} different zones, as zones says; write {settings.zones}"
+    for name in names:
+        if not re.fullmatch(rf"{settings.region}[a-z]", name):
+            yield f"zone_names: {name} is no zone of {settings.region}; write names such as {settings.region}a"
+
+
 def _ecr_image(settings: Settings) -> bool:
     return re.match(rf"[0-9]{{12}}\.dkr\.ecr\.{settings.region}\.amazonaws\.com/", settings.image or "") is not None
 
@@ -428,6 +466,10 @@ def _compute_problems(settings: Settings) -> Iterator[str]:
         yield "image: is required with compute=fargate; build deploy/container/Dockerfile, push it and name it here"
     if settings.compute == "fargate" and settings.instance_type is not None:
         yield "instance_type: counts only with compute=ec2; remove it"
+    if settings.compute == "fargate" and settings.drain_seconds > _FARGATE_STOP_SECONDS:
+        yield f"drain_seconds: Fargate waits {_FARGATE_STOP_SECONDS} at the most; make it smaller, or take compute=ec2"
+    if settings.host_type.startswith("t2."):
+        yield "instance_type: t2 has no EBS optimization, which hosts are started with; write a t3 type instead"
     if settings.compute == "ec2" and settings.image is not None:
         yield "image: counts only with compute=fargate; remove it"
     if settings.instances_min > settings.instances_max:
@@ -440,9 +482,8 @@ def _compute_problems(settings: Settings) -> Iterator[str]:
     if settings.compute == "ec2" and graviton != (settings.architecture == "arm64"):
         other = "x86_64" if settings.architecture == "arm64" else "arm64"
         yield f"instance_type: {settings.host_type} is not {settings.architecture}; write architecture={other}"
-    for name in ("mlflow_version",):
-        if settings.mlflow_type == "serverless" and getattr(settings, name) is not None:
-            yield f"{name}: counts only with mlflow_type=tracking; an App chooses its own; remove it"
+    if settings.mlflow_type == "serverless" and settings.mlflow_version is not None:
+        yield "mlflow_version: counts only with mlflow_type=tracking; an App chooses its own; remove it"
 
 
 def _name_problems(settings: Settings) -> Iterator[str]:

@@ -7,6 +7,10 @@ what is kept there are counters of some minutes, nothing of MLflow's. While it i
 
 from __future__ import annotations
 
+import json
+from hashlib import sha256
+
+import aws_cdk as cdk
 from aws_cdk import aws_elasticache as elasticache
 from constructs import Construct
 
@@ -23,14 +27,15 @@ class SharedLimits(Construct):
 
     def __init__(self, scope: Construct, id: str, settings: Settings, network: Network) -> None:
         super().__init__(scope, id)
+        subnets = [subnet.subnet_id for subnet in network.data_subnets]
         cache = elasticache.CfnServerlessCache(
             self,
             "Cache",
             engine="valkey",
             major_engine_version="8",
-            serverless_cache_name=f"mlflow-proxy-{settings.mlflow_type}",
+            serverless_cache_name=f"mlflow-proxy-{settings.mlflow_type}-{self._digest(subnets)}",
             description="Shared limits of the MLflow proxy",
-            subnet_ids=[subnet.subnet_id for subnet in network.data_subnets],
+            subnet_ids=subnets,
             security_group_ids=[network.valkey.security_group_id],
             cache_usage_limits=elasticache.CfnServerlessCache.CacheUsageLimitsProperty(
                 data_storage=elasticache.CfnServerlessCache.DataStorageProperty(unit="GB", maximum=_GIGABYTES),
@@ -38,3 +43,7 @@ class SharedLimits(Construct):
             ),
         )
         self.url = f"rediss://{cache.attr_endpoint_address}:{cache.attr_endpoint_port}/0"
+
+    def _digest(self, subnets: list[str]) -> str:
+        """Of what cannot be changed in a cache: other subnets take another one, and so another name."""
+        return sha256(json.dumps(cdk.Stack.of(self).resolve(subnets)).encode()).hexdigest()[:8]

@@ -81,13 +81,18 @@ def test_prod_is_protected_and_keeps_its_data() -> None:
         manifest = json.loads((variant.folder / "manifest.json").read_text())
         stacks = [one for one in manifest["artifacts"].values() if one["type"] == "aws:cloudformation:stack"]
         assert {one["properties"].get("terminationProtection", False) for one in stacks} == {protected}
-    keeping = {
-        resource["Type"]
-        for template in synthesize(**PROD).templates.values()
-        for resource in template["Resources"].values()
-        if resource.get("DeletionPolicy") == "Retain"
-    }
-    assert keeping == {"AWS::S3::Bucket", "AWS::KMS::Key", "AWS::Logs::LogGroup", "AWS::SecretsManager::Secret"}
+    for mode, itself in (
+        ("tracking", "AWS::SageMaker::MlflowTrackingServer"),
+        ("serverless", "AWS::SageMaker::MlflowApp"),
+    ):
+        keeping = {
+            resource["Type"]
+            for template in synthesize(mode, **PROD).templates.values()
+            for resource in template["Resources"].values()
+            if str(resource.get("DeletionPolicy")).startswith("Retain")
+        }
+        data = {"AWS::S3::Bucket", "AWS::KMS::Key", "AWS::Logs::LogGroup", "AWS::SecretsManager::Secret"}
+        assert keeping == data | {itself, "AWS::IAM::Role", "AWS::IAM::Policy"}
     in_dev = {
         resource.get("DeletionPolicy")
         for template in synthesize().templates.values()
@@ -96,12 +101,17 @@ def test_prod_is_protected_and_keeps_its_data() -> None:
     assert in_dev == {None, "Delete"}
 
 
-def test_nothing_that_is_kept_has_a_name_of_its_own() -> None:
-    """It would be in the way of the next deployment."""
-    for template in synthesize(**PROD).templates.values():
-        for resource in template["Resources"].values():
-            if resource.get("DeletionPolicy") == "Retain":
-                assert not {"BucketName", "LogGroupName", "Name"} & set(resource["Properties"])
+@pytest.mark.parametrize("mode", MODES)
+def test_nothing_that_is_kept_has_a_name_of_its_own_but_mlflow(mode: str) -> None:
+    """It would be in the way of the next deployment. MLflow's own name is a setting, because AWS wants one."""
+    named = {
+        resource["Type"]
+        for template in synthesize(mode, **PROD).templates.values()
+        for resource in template["Resources"].values()
+        if str(resource.get("DeletionPolicy")).startswith("Retain")
+        and {"BucketName", "LogGroupName", "Name", "RoleName", "TrackingServerName"} & set(resource["Properties"])
+    }
+    assert named == {"AWS::SageMaker::MlflowTrackingServer" if mode == "tracking" else "AWS::SageMaker::MlflowApp"}
 
 
 @pytest.mark.parametrize("mode", MODES)

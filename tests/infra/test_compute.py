@@ -8,7 +8,8 @@ import subprocess
 from typing import Any
 
 import pytest
-from tests.infra.variants import ACCOUNT, IMAGE, MODES, REGION, Synthesized, resolve, synthesize
+from infra.settings import SettingsError
+from tests.infra.variants import ACCOUNT, IMAGE, MODES, REGION, Synthesized, every_statement, resolve, synthesize
 
 GROUP = "AWS::AutoScaling::AutoScalingGroup"
 
@@ -132,6 +133,27 @@ def test_user_data_is_a_whole_script_within_ec2s_limit(mode: str) -> None:
     assert not re.search(r"@[A-Z_]+@", text), "a word was not filled in"
 
 
+def of_subjects(*subjects: str) -> str:
+    """One role whose holders are these."""
+    return json.dumps([{"name": "writer", "allow": ["*"], "subjects": subjects}])
+
+
+def test_user_data_that_ec2_would_refuse_is_refused_in_words() -> None:
+    """What CloudFormation fills in is not known here; 128 bytes are more than any ARN or name there has."""
+    parts = launch_template(synthesize(roles=of_subjects("x")))["UserData"]["Fn::Base64"]["Fn::Join"][1]
+    written = len("".join(part for part in parts if isinstance(part, str)).encode())
+    filled_in = sum(not isinstance(part, str) for part in parts)
+    assert filled_in >= 8
+    left = 16_384 - written - filled_in * 128
+    assert left > 2000
+    assert launch_template(synthesize(roles=of_subjects("x" * (1 + left))))
+    with pytest.raises(SettingsError) as caught:
+        synthesize(roles=of_subjects("x" * (2 + left)))
+    (problem,) = caught.value.problems
+    assert re.match(r"roles: .* may have 16385 bytes, and EC2 takes 16384; .* or take compute=fargate$", problem)
+    assert fargate(roles=of_subjects("x" * (2 + left)))
+
+
 def test_user_data_installs_from_the_wheelhouse_and_reports_to_the_group() -> None:
     made = synthesize()
     text = user_data(made)
@@ -149,7 +171,8 @@ def test_user_data_takes_nothing_from_the_internet() -> None:
     """So it works in a closed network: only S3, CloudFormation and the metadata service are called."""
     text = user_data(synthesize()).replace("$region", REGION)
     hosts = set(re.findall(r"https?://([^/\"'\s]+)", text.split("<<'PROXY_TOML'")[0] + text.split("\nPROXY_TOML\n")[1]))
-    assert hosts == {
+    # For what the region's bucket lacks; where it cannot be reached, the host does without.
+    assert hosts - {"amazoncloudwatch-agent.s3.amazonaws.com"} == {
         "169.254.169.254",
         f"cloudformation.{REGION}.amazonaws.com",
         f"cdk-hnb659fds-assets-{ACCOUNT}-{REGION}.s3.{REGION}.amazonaws.com",
@@ -181,6 +204,20 @@ def test_tasks_run_the_given_image_with_a_read_only_root() -> None:
         "/var/lib/amazon/ssm": False,
         "/var/log/amazon/ssm": False,
     }
+
+
+def test_tasks_end_after_the_time_that_requests_get() -> None:
+    assert container(fargate(drain_seconds="120"))["StopTimeout"] == 120
+
+
+def test_execution_role_may_write_the_log_once() -> None:
+    of_role = [
+        statement
+        for _, name, statement in every_statement(fargate())
+        if name.startswith("TasksExecutionRole") and "logs:PutLogEvents" in statement["Action"]
+    ]
+    assert len(of_role) == 1
+    assert "ProxyLogs" in json.dumps(of_role[0]["Resource"])
 
 
 def test_tasks_have_the_hosts_architecture() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
@@ -162,6 +163,29 @@ def test_numbers_are_those_of_the_code() -> None:
     rolling = synthesize().resources("flaskapp", "AWS::AutoScaling::AutoScalingGroup").values()
     assert [one["UpdatePolicy"]["AutoScalingRollingUpdate"]["PauseTime"] for one in rolling] == ["PT15M"]
     assert "within 15 minutes" in PAGE
+
+
+# AWS WAF guide, "Baseline rule groups", of the core rule set.
+COMMON_RULES = {
+    "NoUserAgent_HEADER",
+    "UserAgent_BadBots_HEADER",
+    *(f"SizeRestrictions_{part}" for part in ("QUERYSTRING", "Cookie_HEADER", "BODY", "URIPATH")),
+    *(f"EC2MetaDataSSRF_{part}" for part in ("BODY", "COOKIE", "URIPATH", "QUERYARGUMENTS")),
+    *(f"{kind}_{part}" for kind in ("GenericLFI", "GenericRFI") for part in ("QUERYARGUMENTS", "URIPATH", "BODY")),
+    *(f"RestrictedExtensions_{part}" for part in ("URIPATH", "QUERYARGUMENTS")),
+    *(f"CrossSiteScripting_{part}" for part in ("COOKIE", "QUERYARGUMENTS", "BODY", "URIPATH")),
+}
+
+
+def test_rules_to_count_are_rules_of_aws() -> None:
+    (block,) = (one.text for one in BLOCKS if "waf_counted_rules" in one.text)
+    script = block.replace("make deploy MLFLOW_TYPE=tracking CONTEXT=", "printf %s ")
+    shown = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout
+    counted = load(dict([shown.split("=", 1)]), AWS).waf_counted_rules
+    assert len(set(counted)) == 10
+    assert set(counted) <= COMMON_RULES
+    assert load({}, AWS).waf_counted_rules[0] in counted
+    assert f"default, {load({}, AWS).waf_rate}, is 100 a second" in PAGE
 
 
 def test_what_may_fail_is_in_that_stack() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from tests.infra.variants import as_list, every_statement, synthesize
+from tests.infra.variants import as_list, every_statement, resolve, synthesize
 
 
 def test_domain_is_in_the_vpc_only() -> None:
@@ -38,4 +38,20 @@ def test_execution_role_has_no_way_to_mlflow_or_data() -> None:
     }
     assert actions
     assert not [action for action in actions if action.startswith(("sagemaker-mlflow:", "s3:", "sts:", "iam:", "kms:"))]
-    assert not [action for action in actions if "*" in action or "Presigned" in action or "Mlflow" in action]
+    assert not [action for action in actions if "*" in action or "Mlflow" in action]
+    assert [action for action in actions if "Presigned" in action] == ["sagemaker:CreatePresignedDomainUrl"]
+
+
+def test_execution_role_has_what_studio_does_for_a_person() -> None:
+    """AWS's guide for spaces; without tags, Studio can make nothing."""
+    found = {one["Sid"]: one for stack, _, one in every_statement(synthesize()) if stack == "domain"}
+    lists = found["Lists"]
+    assert lists["Resource"] == "*"
+    assert set(lists["Action"]) == {f"sagemaker:List{kind}" for kind in ("Apps", "Domains", "Spaces", "UserProfiles")}
+    address = resolve(found["OwnAddress"]["Resource"])
+    assert address.endswith(":user-profile/${sagemaker:DomainId}/${sagemaker:UserProfileName}")
+    tags = found["TagsOfNewAppsAndSpaces"]
+    assert tags["Action"] == "sagemaker:AddTags"
+    assert [resolve(arn).split(":")[-1] for arn in tags["Resource"]] == ["app/*", "space/*"]
+    assert tags["Condition"] == {"Null": {"sagemaker:TaggingAction": "false"}}
+    assert {sid for sid, one in found.items() if "*" in as_list(one["Resource"])} == {"Lists"}

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 from aws_cdk.assertions import Match
-from tests.infra.variants import CLIENT_CERTIFICATES, COMPUTES, PROD, SIGN_IN, TLS, Synthesized, synthesize
+from infra.settings import load
+from tests.infra.variants import CLIENT_CERTIFICATES, COMPUTES, PROD, SIGN_IN, TLS, Synthesized, settings, synthesize
 
 LISTENER = "AWS::ElasticLoadBalancingV2::Listener"
 
@@ -259,6 +260,23 @@ def test_only_the_size_of_bodies_is_counted_not_blocked() -> None:
         {"Name": "SizeRestrictions_BODY", "ActionToUse": {"Count": {}}}
     ]
     assert set(overrides.values()) == {None}
+
+
+def test_a_rate_per_address_is_that_of_one_host() -> None:
+    """Many share an address behind NAT: what one host is taken to serve, one address may ask."""
+    chosen = load(settings(), {})
+    rules = synthesize().one("flaskapp", "AWS::WAFv2::WebACL")["Rules"]
+    (limit,) = (one["Statement"]["RateBasedStatement"]["Limit"] for one in rules if one["Name"] == "RatePerAddress")
+    assert limit == chosen.requests_per_target * 5
+
+
+def test_public_and_internal_load_balancers_have_other_target_groups() -> None:
+    """A change of the scheme makes another load balancer, and a target group belongs to one only."""
+    targets = "AWS::ElasticLoadBalancingV2::TargetGroup"
+    public = synthesize(internet_facing="true", allowed_cidrs="192.0.2.0/24").resources("flaskapp", targets)
+    internal = synthesize().resources("flaskapp", targets)
+    assert len(public) == len(internal) == 1
+    assert not public.keys() & internal.keys()
 
 
 def test_firewall_can_be_left_out() -> None:

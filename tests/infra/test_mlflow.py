@@ -103,6 +103,23 @@ def test_dev_removes_its_data_and_prod_keeps_it() -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_prod_keeps_mlflow_itself_and_the_role_that_it_needs(mode: str) -> None:
+    """Runs, metrics and models are in MLflow, and not in the bucket."""
+    types = ("AWS::SageMaker::MlflowTrackingServer", "AWS::SageMaker::MlflowApp", "AWS::IAM::Role", "AWS::IAM::Policy")
+    # A first deployment that fails must not leave a server by that name, which the next one would meet.
+    for more, policies in (({}, ("Delete", "Delete")), (PROD, ("RetainExceptOnCreate", "Retain"))):
+        made = synthesize(mode, **more)
+        found = {
+            resource["Type"]: (resource.get("DeletionPolicy", "Delete"), resource.get("UpdateReplacePolicy", "Delete"))
+            for type_ in types
+            for name, resource in made.resources("mlflow", type_).items()
+            if not name.startswith("Custom")
+        }
+        assert len(found) == 3
+        assert set(found.values()) == {policies}
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_nothing_but_the_mode_changes_mlflow_and_its_bucket(mode: str) -> None:
     """So a change of compute or TLS cannot replace the bucket; the other mode has a stack of its own."""
     variants = [

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from aws_cdk import App, Environment
 from aws_cdk.assertions import Match, Template
+from aws_cdk.aws_ec2 import ISubnet
+from infra.app import build
 from infra.networking import NetworkingStack
-from infra.settings import load
+from infra.settings import SettingsError, load
 from tests.infra.variants import ACCOUNT, CONTEXT, REGION, resolve, settings, synthesize
 
 
@@ -35,6 +39,19 @@ def test_subnets_are_in_different_zones_known_when_deployed() -> None:
     assert zones == {json.dumps({"Fn::Select": [index, {"Fn::GetAZs": ""}]}) for index in range(2)}
 
 
+def test_a_third_zone_leaves_the_subnets_of_the_others_as_they_are() -> None:
+    """What they have cannot be changed, and other subnets in their place would overlap with them."""
+    two, three = (synthesize(zones=zones).resources("networking", "AWS::EC2::Subnet") for zones in ("2", "3"))
+    assert len(two) == 6
+    assert two.items() <= three.items()
+    assert len({one["Properties"]["CidrBlock"] for one in three.values()}) == 9
+
+
+def test_zones_can_be_named() -> None:
+    subnets = synthesize(zone_names=f"{REGION}c,{REGION}a").resources("networking", "AWS::EC2::Subnet")
+    assert {one["Properties"]["AvailabilityZone"] for one in subnets.values()} == {f"{REGION}c", f"{REGION}a"}
+
+
 def test_nothing_gets_a_public_address_by_itself() -> None:
     for subnet in synthesize().resources("networking", "AWS::EC2::Subnet").values():
         assert subnet["Properties"]["MapPublicIpOnLaunch"] is False
@@ -48,7 +65,6 @@ ENDPOINTS = {
         "logs",
         "ssm",
         "ssmmessages",
-        "ec2messages",
         "secretsmanager",
         "ecr.api",
         "ecr.dkr",
@@ -137,30 +153,99 @@ def test_load_balancer_reaches_the_proxy_alone() -> None:
     assert [rule.get("FromPort") for rule in of_balancer] == [8080]
 
 
-def test_existing_vpc_brings_its_subnets_and_gets_no_endpoints() -> None:
-    context = settings(vpc_id="vpc-0123456789abcdef0")
-    filters = "filter.vpc-id=vpc-0123456789abcdef0"
-    key = f"vpc-provider:account={ACCOUNT}:{filters}:region={REGION}:returnAsymmetricSubnets=true"
-    groups = [
+VPC = "vpc-0123456789abcdef0"
+PUBLIC = {"internet_facing": "true", "allowed_cidrs": "192.0.2.0/24"}
+
+
+def looked_up(*groups: tuple[str, str]) -> dict[str, object]:
+    """What CDK finds of an existing VPC: groups of subnets, each with its kind, and the letters of its zones."""
+    key = f"vpc-provider:account={ACCOUNT}:filter.vpc-id={VPC}:region={REGION}:returnAsymmetricSubnets=true"
+    subnets = [
         {
-            "name": kind,
+            "name": f"{kind}{index}",
             "type": kind,
             "subnets": [
                 {
-                    "subnetId": f"subnet-{kind}{zone}",
+                    "subnetId": f"subnet-{kind}{index}{zone}",
                     "cidr": f"10.9.{index}{number}.0/24",
                     "availabilityZone": f"{REGION}{zone}",
-                    "routeTableId": f"rtb-{kind}{zone}",
+                    "routeTableId": f"rtb-{kind}{index}{zone}",
                 }
-                for number, zone in enumerate("ab")
+                for number, zone in enumerate(zones)
             ],
         }
-        for index, kind in enumerate(("Public", "Private", "Isolated"), 1)
+        for index, (kind, zones) in enumerate(groups, 1)
     ]
-    found = {"vpcId": "vpc-0123456789abcdef0", "vpcCidrBlock": "10.9.0.0/16", "ownerAccountId": ACCOUNT,
-             "availabilityZones": [], "subnetGroups": groups}  # fmt: skip
-    app = App(context=CONTEXT | {key: found})
-    stack = NetworkingStack(app, "n", load(context, {}), env=Environment(account=ACCOUNT, region=REGION))
+    found = {"vpcId": VPC, "vpcCidrBlock": "10.9.0.0/16", "ownerAccountId": ACCOUNT,
+             "availabilityZones": [], "subnetGroups": subnets}  # fmt: skip
+    return {key: found}
+
+
+def in_existing_vpc(*groups: tuple[str, str], **more: str) -> NetworkingStack:
+    app = App(context=CONTEXT | looked_up(*groups))
+    chosen = load(settings(vpc_id=VPC, **more), {})
+    return NetworkingStack(app, "n", chosen, env=Environment(account=ACCOUNT, region=REGION))
+
+
+def ids(subnets: Sequence[ISubnet]) -> list[str]:
+    return [subnet.subnet_id.removeprefix("subnet-") for subnet in subnets]
+
+
+def test_existing_vpc_with_several_subnets_in_a_zone_lends_one_of_each() -> None:
+    """AWS refuses a load balancer, an endpoint and Valkey two subnets of a zone."""
+    stack = in_existing_vpc(
+        *[("Public", "ab")] * 2, *[("Private", "ab")] * 2, ("Isolated", "ab"), ("Isolated", "ba"),
+        endpoints="all", **PUBLIC,
+    )  # fmt: skip
+    assert ids(stack.network.load_balancer_subnets) == ["Public1a", "Public1b"]
+    assert ids(stack.network.proxy_subnets) == ["Private3a", "Private3b"]
+    assert ids(stack.network.data_subnets) == ["Isolated5a", "Isolated5b"]
+    endpoints = Template.from_stack(stack).find_resources("AWS::EC2::VPCEndpoint").values()
+    assert {tuple(one["Properties"]["SubnetIds"]) for one in endpoints} == {("subnet-Private3a", "subnet-Private3b")}
+
+
+def test_public_load_balancer_and_proxy_are_in_the_same_zones() -> None:
+    """A load balancer sends nothing to zones in which it is not."""
+    stack = in_existing_vpc(("Public", "bcd"), ("Private", "abcd"), **PUBLIC)
+    assert ids(stack.network.load_balancer_subnets) == ["Public1b", "Public1c", "Public1d"]
+    assert ids(stack.network.proxy_subnets) == ["Private2b", "Private2c", "Private2d"]
+
+
+@pytest.mark.parametrize("isolated", ["", "a"])
+def test_private_subnets_do_where_isolated_ones_are_too_few(isolated: str) -> None:
+    stack = in_existing_vpc(("Private", "abcd"), ("Isolated", isolated))
+    assert ids(stack.network.data_subnets) == ["Private1a", "Private1b", "Private1c"]
+
+
+@pytest.mark.parametrize(
+    ("groups", "more", "words"),
+    [
+        ([("Public", "ab"), ("Isolated", "ab")], {}, "has no private subnets with a way out"),
+        ([("Private", "ab")], PUBLIC, "has no public subnets, which internet_facing takes; write internet_facing="),
+        ([("Private", "a"), ("Private", "a")], {}, "has private subnets in fewer than 2 zones"),
+        ([("Public", "ab"), ("Private", "bc")], PUBLIC, "has public and private subnets in fewer than 2 zones"),
+    ],
+)  # fmt: skip
+def test_existing_vpc_that_cannot_be_used_is_refused_in_words(
+    groups: list[tuple[str, str]], more: dict[str, str], words: str
+) -> None:
+    with pytest.raises(SettingsError) as caught:
+        in_existing_vpc(*groups, **more)
+    (problem,) = caught.value.problems
+    assert problem.startswith(f"vpc_id: {VPC} {words}")
+    assert "delete infra/cdk.context.json" in problem
+
+
+def test_made_up_vpc_of_the_first_pass_is_not_refused(tmp_path: Path) -> None:
+    """CDK runs the application before it looks the VPC up; what it makes up must not end that."""
+    app = build(CONTEXT | settings(vpc_id=VPC, **PUBLIC), {}, outdir=str(tmp_path))
+    app.synth()
+    missing = json.loads((tmp_path / "manifest.json").read_text())["missing"]
+    assert [one["provider"] for one in missing] == ["vpc-provider"]
+
+
+def test_existing_vpc_brings_its_subnets_and_gets_no_endpoints() -> None:
+    stack = in_existing_vpc(("Public", "ab"), ("Private", "ab"), ("Isolated", "ab"))
     template = Template.from_stack(stack)
     template.resource_count_is("AWS::EC2::VPC", 0)
     template.resource_count_is("AWS::EC2::VPCEndpoint", 0)

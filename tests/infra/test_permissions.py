@@ -139,6 +139,10 @@ WIDE = {
         "ssmmessages:OpenDataChannel",
         "ecr:GetAuthorizationToken",
         "logs:DescribeLogGroups",
+        "sagemaker:ListApps",
+        "sagemaker:ListDomains",
+        "sagemaker:ListSpaces",
+        "sagemaker:ListUserProfiles",
     },
     "the certificate's ARN is not known before; its tag tells": {
         "acm:AddTagsToCertificate",

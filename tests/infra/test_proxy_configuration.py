@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -141,6 +142,17 @@ def test_storage_is_reached_by_the_proxy_alone_with_tls() -> None:
     assert "ValkeyGroup" in json.dumps(cache["SecurityGroupIds"])
     assert all("isolated" in json.dumps(subnet) for subnet in cache["SubnetIds"])
     assert cache["CacheUsageLimits"]["DataStorage"] == {"Maximum": 1, "Unit": "GB"}
+
+
+def test_other_subnets_make_a_cache_of_another_name() -> None:
+    """They cannot be changed, and while it is replaced there are two, which cannot have one name."""
+    cache = "AWS::ElastiCache::ServerlessCache"
+    names = [synthesize(**more).one("flaskapp", cache)["ServerlessCacheName"] for more in ({}, {"zones": "3"})]
+    assert len(set(names)) == 2
+    assert all(re.fullmatch(r"mlflow-proxy-tracking-[0-9a-f]{8}", name) for name in names)
+    # AWS takes 40 signs.
+    assert len(synthesize("serverless").one("flaskapp", cache)["ServerlessCacheName"]) <= 40
+    assert synthesize(drain_seconds="90").one("flaskapp", cache)["ServerlessCacheName"] == names[0]
 
 
 def test_keys_begin_empty_and_are_kept_in_prod() -> None:

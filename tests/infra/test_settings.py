@@ -126,7 +126,21 @@ MISTAKES: list[tuple[dict[str, str], str]] = [
     ({"roles": "reader"}, "roles: 'reader' is not JSON"),
     ({"log_retention_days": "15"}, "log_retention_days: '15' is not one that CloudWatch takes"),
     ({"vpc_cidr": "10.0.0.0/24"}, "vpc_cidr: '10.0.0.0/24' must be /16 to /22"),
-    ({"allowed_cidrs": "10.0.0.1/8"}, "allowed_cidrs: "),
+    ({"vpc_cidr": "10.42.0.1/16"}, "vpc_cidr: '10.42.0.1/16' takes networks as address/length without bits behind the "
+     "length; write 10.42.0.0/16"),
+    ({"vpc_cidr": "fd00::/20"}, "vpc_cidr: 'fd00::/20' takes IPv4 networks such as 10.0.0.0/8, and fd00::/20 is none"),
+    ({"allowed_cidrs": "192.0.2.0/24,10.0.0.1/8"}, "allowed_cidrs: '192.0.2.0/24,10.0.0.1/8' takes networks as "
+     "address/length without bits behind the length; write 10.0.0.0/8"),
+    ({"allowed_cidrs": "192.0.2.7"}, "allowed_cidrs: '192.0.2.7' takes networks as address/length"),
+    ({"allowed_cidrs": "2001:db8::/32"}, "allowed_cidrs: '2001:db8::/32' takes IPv4 networks"),
+    ({"allowed_cidrs": "office"}, "allowed_cidrs: 'office' takes IPv4 networks"),
+    ({"allowed_cidrs": ",".join(f"10.{i}.0.0/16" for i in range(31))}, "allowed_cidrs: "),
+    ({"zone_names": "eu-central-1a"}, "zone_names: must name 2 different zones"),
+    ({"zone_names": "eu-central-1a,eu-central-1a"}, "zone_names: must name 2 different zones"),
+    ({"zone_names": "eu-central-1a,us-east-1a"}, "zone_names: us-east-1a is no zone of eu-central-1"),
+    ({"zone_names": "eu-central-1a,eu-central-1b", "vpc_id": "vpc-12345678"}, "zone_names: counts only for a new VPC"),
+    ({"compute": "fargate", "image": "x", "drain_seconds": "121"}, "drain_seconds: Fargate waits 120 at the most"),
+    ({"instance_type": "t2.small", "architecture": "x86_64"}, "instance_type: t2 has no EBS optimization"),
     ({"vpc_id": "my-vpc"}, "vpc_id: 'my-vpc' does not have the right form (An existing VPC"),
 ]  # fmt: skip
 
@@ -134,6 +148,19 @@ MISTAKES: list[tuple[dict[str, str], str]] = [
 @pytest.mark.parametrize(("context", "begin"), MISTAKES, ids=[begin.split(";")[0][:60] for _, begin in MISTAKES])
 def test_each_mistake_says_what_to_write_instead(context: dict[str, str], begin: str) -> None:
     assert any(problem.startswith(begin) for problem in problems(context)), problems(context)
+
+
+def test_as_many_networks_as_a_security_group_takes() -> None:
+    """It takes 60 rules, and each network has one for HTTPS and one for what is redirected there."""
+    networks = [f"10.{number}.0.0/16" for number in range(31)]
+    assert len(load({"allowed_cidrs": ",".join(networks[:30])}, AWS).allowed_cidrs) == 30
+    (problem,) = problems({"allowed_cidrs": ",".join(networks)})
+    assert "has 31 networks, and a security group takes 30; write larger ones" in problem
+
+
+def test_fargate_drains_for_two_minutes_and_hosts_for_longer() -> None:
+    assert load({"compute": "fargate", "image": "x", "drain_seconds": "120"}, AWS).drain_seconds == 120
+    assert load({"drain_seconds": "900"}, AWS).drain_seconds == 900
 
 
 def test_mistakes_are_counted_in_words() -> None:
