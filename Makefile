@@ -19,7 +19,7 @@ demo: .venv/.local ## the proxy on http://127.0.0.1:8080 before a local SageMake
 
 test: .venv/.dev infra/node_modules/.ready ## set everything up and run all tests
 	@scripts/system-packages test
-	PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
+	PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/python -m pytest -n 2 $(PYTEST_ARGS)
 
 deploy: .venv/.infra infra/node_modules/.ready ## into AWS: make deploy MLFLOW_TYPE=tracking|serverless [STACK_ENV=dev|prod] [BOOTSTRAP=yes] [CONTEXT="name=value …"]
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/python -m infra.commands.deploy

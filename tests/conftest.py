@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from mlflow_proxy.local import LocalSageMaker
 
@@ -16,13 +18,17 @@ def sagemaker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalSageMak
         yield running
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `-n 2 --dist loadgroup` the service's tests run in one process, those of its deployment in another.
+class Halves(LoadScopeScheduling):  # type: ignore[misc]  # xdist has no types
+    """With `-n 2` the tests of the service run in one process, those of its deployment in another.
 
     Each half keeps its order and its session's fixtures, and nothing that one of them uses is the other's.
     """
-    here = Path(__file__).parent
-    deployment = (here / "infra", here / "deploy")
-    for item in items:
-        is_deployment = any(item.path.is_relative_to(folder) for folder in deployment)
-        item.add_marker(pytest.mark.xdist_group("deployment" if is_deployment else "service"))
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "deployment" if nodeid.startswith(("tests/infra/", "tests/deploy/")) else "service"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Halves:
+    """xdist's question, how to share the tests out."""
+    return Halves(config, log)

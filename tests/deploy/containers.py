@@ -95,6 +95,7 @@ class Images:
         self._folder = folder
         self._cache = cache
         folder.mkdir()
+        cache.mkdir(parents=True, exist_ok=True)
         storage = folder / "storage.conf"
         storage.write_text(f'[storage]\ndriver = ""\ngraphroot = "{folder / "images"}"\nrunroot = "{folder / "run"}"\n')
         policy = folder / "policy.json"
