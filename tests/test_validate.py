@@ -750,7 +750,8 @@ class Underway:
 
     def __init__(self, site: Site, folder: Path, *arguments: str) -> None:
         self.process = subprocess.Popen(
-            [COMMAND, "validate", "--url", site.url, "--ca", site.ca, *arguments],
+            # These tests may have been started with nohup.
+            ["env", "--default-signal=HUP", COMMAND, "validate", "--url", site.url, "--ca", site.ca, *arguments],
             env=environment(folder, site.keys["writer"]),
             cwd=folder,
             stdin=subprocess.DEVNULL,

@@ -49,8 +49,8 @@ def context(environ: Mapping[str, str]) -> dict[str, str]:
     return found
 
 
-def run(arguments: Sequence[str], *, environ: Mapping[str, str]) -> None:
-    """Run `cdk` with these arguments in infra/, with the settings in `environ["CONTEXT"]`.
+def run(arguments: Sequence[str], *, environ: Mapping[str, str], folder: Path = INFRA) -> None:
+    """Run `cdk` with these arguments in `folder`, with the settings in `environ["CONTEXT"]`.
 
     Its output goes where this program's goes. Raises CdkFailed with its exit code, ContextError, and FileNotFoundError
     where `missing` would have named something.
@@ -62,7 +62,7 @@ def run(arguments: Sequence[str], *, environ: Mapping[str, str]) -> None:
     sys.stdout.flush()
     done = subprocess.run(  # noqa: S603
         [node, str(_CDK / "bin" / "cdk"), *arguments, "--no-notices", *settings],
-        cwd=INFRA,
+        cwd=folder,
         # cdk.json runs the application with $PYTHON.
         env={"CDK_DISABLE_CLI_TELEMETRY": "true", **environ, "PYTHON": sys.executable},
         check=False,

@@ -90,7 +90,8 @@ def _bootstrap(ready: Ready, environ: Mapping[str, str]) -> bool:
         return False
     with _stage("bootstrap"):
         # It would synthesize before, though it needs nothing of the application: an empty one will do.
-        cdk.run(["bootstrap", where, "--app", "true"], environ=environ)
+        # Where there is no cdk.json, it asks for no application.
+        cdk.run(["bootstrap", where], environ=environ, folder=_ROOT)
     return True
 
 

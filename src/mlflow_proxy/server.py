@@ -21,6 +21,8 @@ from mlflow_proxy.settings import CONFIG_VARIABLE, Settings
 
 # Connections that the kernel holds while all workers are busy.
 _BACKLOG = 2048
+# Granian's own log would go to standard output, which is the request log's.
+_TO_STDERR = {"class": "logging.StreamHandler", "stream": "ext://sys.stderr", "formatter": "generic"}
 
 
 def serve(settings: Settings, config: Path | None) -> None:
@@ -49,6 +51,7 @@ def serve(settings: Settings, config: Path | None) -> None:
             max_concurrent_streams=128, max_headers_size=2 * int(server.header_limit), keep_alive_interval=30_000
         ),
         log_level=LogLevels.warning,
+        log_dictconfig={"handlers": dict.fromkeys(("console", "access"), _TO_STDERR)},
         ssl_cert=server.tls_certificate,
         ssl_key=server.tls_key,
         ssl_protocol_min=SSLProtocols.tls12,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -48,19 +49,22 @@ def test_a_killed_worker_is_replaced(tmp_path: Path, upstream: Upstream) -> None
         assert len(before) == 2
         for victim in sorted(before):
             os.kill(victim, signal.SIGKILL)
-            _wait_until(lambda: _has_two_without(proxy, victim))  # noqa: B023
+            wait_until(lambda: _has_two_without(proxy, victim))  # noqa: B023
         assert not before & {worker.pid for worker in proxy.workers}
-        _wait_until(lambda: _serves(proxy.port))
+        wait_until(lambda: _serves(proxy.port))
         for _ in range(20):
             assert call(proxy.port, "/x").status == 200
         family = family_of(proxy)
         assert proxy.stop() == 0
         assert_nobody_left(family, proxy.port)
+    # The server tells of it where errors go; standard output is the request log's alone.
+    assert "Unexpected exit from worker" in proxy.stderr.read_text()
+    assert all(json.loads(line) for line in proxy.stdout.read_text().splitlines())
 
 
 def test_the_other_worker_serves_meanwhile(tmp_path: Path, upstream: Upstream) -> None:
     with running(tmp_path / "proxy", targets(upstream), server={"workers": 2}) as proxy:
-        _wait_until(lambda: all(_listens(worker) for worker in proxy.workers))
+        wait_until(lambda: all(_listens(worker) for worker in proxy.workers))
         os.kill(proxy.workers[0].pid, signal.SIGKILL)
         served = sum(_serves(proxy.port) for _ in range(50))
         assert served >= 45  # what the dead one had accepted is lost, nothing else
@@ -96,7 +100,7 @@ def test_a_stop_lets_requests_finish(tmp_path: Path, upstream: Upstream, signal_
             response = second.head()
             upstream.wait_for(2)
             proxy.process.send_signal(signal_)
-            _wait_until(lambda: _refuses(proxy.port))
+            wait_until(lambda: _refuses(proxy.port))
             stopping.set()
             assert first.answer().body == b"whole"
             assert response.read() == b"abcdef"
@@ -206,7 +210,7 @@ def _refuses(port: int) -> bool:
     return False
 
 
-def _wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
     deadline = time.monotonic() + seconds
     while True:
         with suppress(psutil.NoSuchProcess):

@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 import signal
 import threading
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from http.client import HTTPException, RemoteDisconnected
 from pathlib import Path
 
-import psutil
 import pytest
 from tests.faults.callers import call
 from tests.faults.proxies import Proxy, Table, running, target
+from tests.faults.test_processes import wait_until
 from tests.faults.upstreams import Upstream
 
 from mlflow_proxy.access.key_record import Key, make_key
@@ -70,24 +69,14 @@ def reload(proxy: Proxy) -> None:
         now = {worker.pid for worker in proxy.workers}
         return len(now) == workers and not now & before
 
-    wait_until(replaced)
-    wait_until(lambda: answers(proxy))
+    wait_until(replaced, 60)
+    wait_until(lambda: answers(proxy), 60)
 
 
 def answers(proxy: Proxy) -> bool:
     with suppress(OSError, HTTPException):
         return call(proxy.port, "/-/health").status == 200
     return False
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while True:
-        with suppress(psutil.NoSuchProcess):
-            if condition():
-                return
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def status(proxy: Proxy, key: str, path: str = READS) -> int:

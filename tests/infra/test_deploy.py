@@ -199,7 +199,9 @@ def _check_end(place: Place, output: str) -> None:
     outputs = place.cloud.outputs(NAMES[3])
     url, host = outputs["Url"], outputs["LoadBalancerHost"]
     assert f"Deployed, not validated: the load balancer is internal, and {url} cannot be reached from here" in output
-    assert "/opt/mlflow-proxy/current/bin/mlflow-proxy validate --url " + url + " --ca mlflow-proxy.pem\n" in output
+    assert (
+        "/opt/mlflow-proxy/current/bin/mlflow-proxy validate --url " + url + " --ca /tmp/mlflow-proxy.pem\n" in output
+    )
     assert f"'host={host},portNumber=443,localPortNumber=8443'" in output
     saved = place.repository / "build" / "mlflow-proxy-tracking.pem"
     assert host.lower() in _names(saved)

@@ -22,6 +22,7 @@ from tests.integration.conftest import targets_of
 from mlflow_proxy.access.key_record import make_key
 from mlflow_proxy.local import LocalSageMaker
 
+QUERY = json.dumps({"max_results": 10, "filter": "name = 'Default'"})
 CLIENT = """
 import mlflow
 print(sorted(found.name for found in mlflow.search_experiments()))
@@ -83,7 +84,7 @@ def test_curl(site: Site) -> None:
     done = subprocess.run(
         [
             *("curl", "--silent", "--show-error", "--fail", "--max-time", "60", "--proxy", site.way),
-            *("--cacert", str(site.bundle), "--header", "@-", "--json", '{"max_results": 10}'),
+            *("--cacert", str(site.bundle), "--header", "@-", "--json", QUERY),
             f"{site.url}/api/2.0/mlflow/experiments/search",
         ],
         input=f"Authorization: Bearer {site.key}\n",
