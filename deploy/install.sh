@@ -108,7 +108,7 @@ find_python() {
     printf '%s' "$seen"
     printf 'Run this as root, then try again:\n%s\n' "$(how_to_get_python)"
     if [ -n "$wanted" ]; then
-      printf 'Or make wheels for the Python that is there: deploy/wheelhouse.py --python 3.…\n'
+      printf 'Or make wheels for the Python that is there: python3 deploy/wheelhouse.py FOLDER --python 3.…\n'
     fi
   } >&2
   exit 1
@@ -127,7 +127,7 @@ find_wheels() {
     local machine
     machine=$(uname -m)
     if [ -n "$(find "$wheels" -name '*linux*.whl' ! -name "*_$machine.whl")" ]; then
-      fail "the wheels are for another kind of machine than this one ($machine); make others with deploy/wheelhouse.py"
+      fail "the wheels are for another kind of machine than this one ($machine); make others with python3 deploy/wheelhouse.py"
     fi
     find_python "$(pythons_of "$wheels")"
   else
