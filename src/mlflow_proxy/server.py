@@ -21,6 +21,7 @@ from mlflow_proxy.settings import CONFIG_VARIABLE, Settings
 
 # Connections that the kernel holds while all workers are busy.
 _BACKLOG = 2048
+_STOPS = (signal.SIGINT, signal.SIGTERM)
 # Granian's own log would go to standard output, which is the request log's.
 _TO_STDERR = {"class": "logging.StreamHandler", "stream": "ext://sys.stderr", "formatter": "generic"}
 
@@ -31,7 +32,7 @@ def serve(settings: Settings, config: Path | None) -> None:
         os.environ[CONFIG_VARIABLE] = str(config.resolve())
     server = settings.server
     _refuse_taken_address(server.host, server.port)
-    os.register_at_fork(after_in_child=_forget_the_parents_signals)
+    lose_no_stop_while_forking()
     _end_workers_that_still_start()
     _raise_file_limit()
     granian = Granian(
@@ -81,13 +82,23 @@ def _refuse_taken_address(host: str, port: int) -> None:
         raise SystemExit(f"Error: cannot listen on {host}:{port} (server.host, server.port): {error}") from None
 
 
-def _forget_the_parents_signals() -> None:
-    """Until a new worker has signal handlers of its own, it would swallow SIGTERM with those it got from its parent.
+def lose_no_stop_while_forking() -> None:
+    """A worker that is told to stop before it has signal handlers of its own ends at once.
 
-    A stop in that moment would then take all of drain_timeout.
+    Otherwise such a stop takes all of drain_timeout. A fresh child still has its parent's handlers, and Python drops
+    what arrived before it has set the child up: so the signals wait until they have their usual effect there.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
+    os.register_at_fork(
+        before=partial(signal.pthread_sigmask, signal.SIG_BLOCK, _STOPS),
+        after_in_parent=partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, _STOPS),
+        after_in_child=_take_the_usual_signals,
+    )
+
+
+def _take_the_usual_signals() -> None:
+    for number in _STOPS:
         signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
 
 
 def _end_workers_that_still_start() -> None:
@@ -102,7 +113,7 @@ def _end_workers_that_still_start() -> None:
 
     def set_loop_signals(loop: asyncio.AbstractEventLoop) -> Any:
         event = original(loop)
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in _STOPS:
             loop.add_signal_handler(number, _stop_worker, event)
         return event
 

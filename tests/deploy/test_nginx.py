@@ -828,6 +828,7 @@ class Load:
         self._lock = threading.Lock()
         self._next = 0
         self.results: dict[str, int | str] = {}
+        self.told: dict[str, bytes] = {}  # what was answered to those that failed
         self.word = f"{time.time_ns()}"
 
     def run(self, at: dict[int, Callable[[], None]]) -> None:
@@ -856,6 +857,8 @@ class Load:
             try:
                 got = self._one(kind, name, source)
                 self.results[name] = got.status
+                if got.status != 200:
+                    self.told[name] = got.body
             except IncompleteRead:
                 self.results[name] = CUT
             except (OSError, HTTPException) as error:
@@ -992,13 +995,13 @@ def test_an_instance_is_taken_out_for_an_upgrade_under_load(pair: Pair, experime
     text = pair.site.conf.read_text("utf-8")
     load.run({90: take_out_and_stop, 220: start_and_put_back})
     assert pair.site.conf.read_text("utf-8") == text
-    answers = load.of("get", "search", "create")
-    # MLflow on SQLite may itself answer 500 to one of many at once; a lost call would be something else.
-    assert answers.keys() <= {200, 500}
-    assert answers[200] >= 355
-    assert answers.total() == 360
+    # MLflow on SQLite may itself answer 500 to one of many at once; what the proxy and nginx say has a request id.
+    assert load.of("get", "search", "create").keys() <= {200, 500}
+    assert [body for body in load.told.values() if b"request_id" in body or b"error_code" not in body] == []
+    failed = sum(name.startswith("create") for name in load.told)
+    assert len(load.told) <= 3
     assert set(load.created().values()) == {1}
-    assert len(load.created()) == 120
+    assert len(load.created()) in range(120 - failed, 121)
     pair.wait_for_traffic(0)
 
 
