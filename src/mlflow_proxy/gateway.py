@@ -98,6 +98,7 @@ class Gateway:
             record.caller_address = scope["client"][0] if scope.get("client") else ""
             request = self._reader.read(scope)
             record.caller_address = request.client
+            watch.start(request)
             if request.path.startswith(OWN_PREFIX):
                 await self._own(scope, request, watch.receive, send, record)
             else:
@@ -106,7 +107,7 @@ class Gateway:
             if request is None:
                 record.caller_address = self._reader.client(scope)[0]
             else:
-                await self._take_body(request, watch.receive, refusal, record)
+                await self._take_body(request, watch, refusal)
             await _refuse(send, refusal, record)
         except CallerGone:
             await _refuse(send, _body_broke_off(), record)  # reaches a caller that is there but framed it wrongly
@@ -127,16 +128,16 @@ class Gateway:
             watch.close()
             self._keep(record)
 
-    async def _take_body(self, request: Request, receive: Receive, refusal: Refusal, record: Record) -> None:
+    async def _take_body(self, request: Request, watch: CallerWatch, refusal: Refusal) -> None:
         """Take the body of a refused request off the connection, if it is short; else that has to be closed.
 
-        Who still sends when the connection is cut may never see the answer.
+        A client still sending when we close may miss the response.
         """
-        if not request.has_body or record.bytes_in or refusal.close:
+        if not watch.awaits_body or refusal.close:
             return
         try:
             with Timeout(self._deadlines, _TAKEN_WITHIN):
-                self._bodies.release(len(await self._bodies.collect(request, receive, limit=_TAKEN_OFF)))
+                self._bodies.release(len(await self._bodies.collect(request, watch.receive, limit=_TAKEN_OFF)))
         except (Refusal, CallerGone, TimeoutError):
             refusal.close = True
 
