@@ -395,3 +395,19 @@ def test_without_the_extra_it_says_what_to_install(tmp_path: Any) -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 1
     assert "pip install 'sagemaker-mlflow-proxy[tracing]'" in done.stderr
+
+
+def test_the_configuration_says_what_to_install(tmp_path: Any) -> None:
+    """The packages above the exporter are not there, either."""
+    config = tmp_path / "proxy.toml"
+    config.write_text(
+        '[tracing]\nendpoint = "http://127.0.0.1:4318/v1/traces"\n[[targets]]\nname = "prod"\n'
+        'arn = "arn:aws:sagemaker:us-east-1:111122223333:mlflow-tracking-server/team"\n'
+    )
+    program = "import sys; sys.modules['opentelemetry'] = None; from mlflow_proxy.cli import main; main()"
+    for command in ("serve", "check"):
+        called = [sys.executable, "-c", program, command, "--config", str(config)]
+        done = subprocess.run(called, capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert "tracing.endpoint: needs the extra; run pip install 'sagemaker-mlflow-proxy[tracing]'" in done.stderr
+        assert "Traceback" not in done.stderr

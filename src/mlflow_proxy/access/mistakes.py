@@ -180,8 +180,16 @@ def _record_problems(data: Table) -> Iterator[str]:
         yield f"audit.to: {problem}"
     endpoint = _table(data, "tracing").get("endpoint")
     yield from _url("tracing.endpoint", endpoint, secure=False)
-    if endpoint and importlib.util.find_spec("opentelemetry.exporter.otlp.proto.http") is None:
+    if endpoint and not is_installed("opentelemetry.exporter.otlp.proto.http"):
         yield "tracing.endpoint: needs the extra; run pip install 'sagemaker-mlflow-proxy[tracing]'"
+
+
+def is_installed(module: str) -> bool:
+    """Whether a module can be found. To look for a dotted name imports the packages above it, and these may lack, too."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
 
 
 def _url(option: str, value: Any, *, secure: bool = True) -> Iterator[str]:
