@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import resource
 import signal
 import socket
+import threading
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,13 +18,18 @@ from granian import Granian, _signals
 from granian.constants import HTTPModes, Interfaces, Loops, RuntimeModes, SSLProtocols
 from granian.http import HTTP1Settings, HTTP2Settings
 from granian.log import LogLevels
+from granian.server import mp
 
 from mlflow_proxy import gateway, runtime  # workers are forked: what is imported before costs once
 from mlflow_proxy.settings import CONFIG_VARIABLE, Settings
 
 # Connections that the kernel holds while all workers are busy.
 _BACKLOG = 2048
+# Of an address that seems taken, some in the course of a quarter of a second.
+_ADDRESS_TRIES = 4
 _STOPS = (signal.SIGINT, signal.SIGTERM)
+# Whether this process, a worker, was told to stop.
+_stopping = threading.Event()
 # Granian's own log would go to standard output, which is the request log's.
 _TO_STDERR = {"class": "logging.StreamHandler", "stream": "ext://sys.stderr", "formatter": "generic"}
 
@@ -31,9 +39,10 @@ def serve(settings: Settings, config: Path | None) -> None:
     if config is not None:
         os.environ[CONFIG_VARIABLE] = str(config.resolve())
     server = settings.server
-    _refuse_taken_address(server.host, server.port)
+    address = _take_address(server.host, server.port)
     lose_no_stop_while_forking()
     _end_workers_that_still_start()
+    trust_no_worker_to_live_that_is_gone()
     _raise_file_limit()
     granian = Granian(
         "mlflow_proxy.gateway",
@@ -60,7 +69,7 @@ def serve(settings: Settings, config: Path | None) -> None:
         respawn_interval=1.0,
         workers_kill_timeout=int(server.drain_timeout),
     )
-    with runtime.prepared(settings.oidc) as prepared:
+    with address, runtime.prepared(settings.oidc) as prepared:
         granian.serve(target_loader=partial(gateway.create_app, prepared, settings), wrap_loader=False)
 
 
@@ -70,16 +79,36 @@ def _raise_file_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _refuse_taken_address(host: str, port: int) -> None:
-    """Exit with the reason if somebody listens there already.
+def _take_address(host: str, port: int) -> socket.socket:
+    """Keep an address for this process and its workers, until the socket is closed. Exits with the reason if another
+    process has it.
 
-    Granian shares its port with whoever else asks to (SO_REUSEPORT): a proxy started twice would run twice, each taking
-    some of the requests.
+    Granian shares its port with every process of the same user that asks to (SO_REUSEPORT), so a proxy started twice
+    would run twice, each taking some of the requests. This socket is bound without sharing, which the kernel grants to
+    one process only, and stays bound; then it lets the workers join. It never accepts a connection.
     """
+    for _ in range(_ADDRESS_TRIES):
+        try:
+            return _bind_exclusively(host, port)
+        except OSError as error:
+            reason = error
+        time.sleep(random.uniform(0.02, 0.2))  # noqa: S311  # two that listen in the same instant both fail
+    raise SystemExit(f"Error: cannot listen on {host}:{port} (server.host, server.port): {reason}")
+
+
+def _bind_exclusively(host: str, port: int) -> socket.socket:
+    held = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
-        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
-    except OSError as error:
-        raise SystemExit(f"Error: cannot listen on {host}:{port} (server.host, server.port): {error}") from None
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # else closed connections of the last run keep it
+        held.bind((host, port))
+        held.listen()  # what decides between processes that have bound it at the same time
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
+        held.shutdown(socket.SHUT_RD)  # listens no more, and stays bound
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    except OSError:
+        held.close()
+        raise
+    return held
 
 
 def lose_no_stop_while_forking() -> None:
@@ -96,8 +125,9 @@ def lose_no_stop_while_forking() -> None:
 
 
 def _take_the_usual_signals() -> None:
-    for number in _STOPS:
-        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # A terminal sends Ctrl-C to workers, too. The main process stops them then, in order.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
 
 
@@ -113,8 +143,9 @@ def _end_workers_that_still_start() -> None:
 
     def set_loop_signals(loop: asyncio.AbstractEventLoop) -> Any:
         event = original(loop)
-        for number in _STOPS:
-            loop.add_signal_handler(number, _stop_worker, event)
+        loop.add_signal_handler(signal.SIGTERM, _stop_worker, event)
+        loop.remove_signal_handler(signal.SIGINT)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         return event
 
     _signals.set_loop_signals = set_loop_signals
@@ -123,4 +154,27 @@ def _end_workers_that_still_start() -> None:
 def _stop_worker(event: Any) -> None:
     if not gateway.serving.is_set():
         os._exit(0)
-    event.set()
+    if not _stopping.is_set():  # Granian's event, set twice, may hang for ever
+        _stopping.set()
+        event.set()
+
+
+def trust_no_worker_to_live_that_is_gone() -> None:
+    """Let a stop say that it kills a worker only where it does.
+
+    Granian waits for each worker in two threads. The one to which the kernel does not give the exit code takes the
+    worker for alive until the other has noted it, "kills" it and says so. Private, so a later Granian may lack it.
+    """
+    worker = getattr(mp, "WorkerProcess", None)
+    if worker is None:
+        return
+    is_alive = worker.is_alive
+    worker.is_alive = lambda self: is_alive(self) and _exists(self.inner.pid)
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True

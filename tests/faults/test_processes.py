@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 from tests.faults.callers import Answer, Caller, call, request
-from tests.faults.proxies import Proxy, Table, running, target
+from tests.faults.proxies import SERVER_ARN, Proxy, Table, free_port, running, target
 from tests.faults.upstreams import Arrived, Peer, Upstream, answer
 
 
@@ -79,6 +79,47 @@ def test_a_stop_while_workers_start_is_quick(tmp_path: Path, upstream: Upstream,
         time.sleep(pause)
         assert proxy.stop(15) == 0  # less than drain_timeout
         assert_nobody_left(family, proxy.port)
+
+
+def test_ctrl_c_and_repeated_stops_end_all_at_once(tmp_path: Path, upstream: Upstream) -> None:
+    """A terminal sends SIGINT to the workers, too, and the main process tells them again."""
+    with running(tmp_path / "proxy", targets(upstream), server={"workers": 2}) as proxy:
+        wait_until(lambda: all(_listens(worker) for worker in proxy.workers))
+        family = family_of(proxy)
+        for _ in range(30):
+            for worker in proxy.workers:
+                with suppress(psutil.NoSuchProcess):
+                    worker.send_signal(signal.SIGINT)
+        assert len(proxy.workers) == 2, "the main process decides when its workers end"
+        proxy.process.send_signal(signal.SIGINT)
+        for _ in range(30):
+            for worker in family[1:]:
+                with suppress(psutil.NoSuchProcess):
+                    worker.send_signal(signal.SIGTERM)
+        assert proxy.stop(15) == 0  # less than drain_timeout
+        assert_nobody_left(family, proxy.port)
+    said = proxy.stderr.read_text()
+    assert "Killing" not in said
+    assert "Unexpected exit" not in said
+
+
+# Somebody else learns first how the worker ended, as one of Granian's two waiting threads may.
+ENDED = """
+import os, time
+from granian.server.mp import WorkerProcess
+from mlflow_proxy.server import trust_no_worker_to_live_that_is_gone
+trust_no_worker_to_live_that_is_gone()
+worker = WorkerProcess(None, 0, time.sleep, (60,))
+worker.inner.start()
+assert worker.is_alive()
+worker.kill()
+os.waitpid(worker.inner.pid, 0)
+assert not worker.is_alive()
+"""
+
+
+def test_no_stop_waits_for_a_worker_that_is_gone() -> None:
+    subprocess.run([sys.executable, "-c", ENDED], timeout=60, check=True)
 
 
 # A worker that is told to stop in the moment of its birth, a hundred times.
@@ -207,6 +248,44 @@ def test_a_second_proxy_on_the_port_says_so_and_ends(tmp_path: Path, upstream: U
         assert f"127.0.0.1:{proxy.port}" in second.stderr.decode()
         assert b"already in use" in second.stderr
         assert call(proxy.port, "/x").status == 200
+
+
+def test_of_two_proxies_started_at_once_one_runs(tmp_path: Path, upstream: Upstream) -> None:
+    """Whatever their addresses are, as long as these overlap; and again right after a stop."""
+    port = free_port()
+    for hosts in (("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "::")):
+        started = [_start(tmp_path / f"{number}.toml", upstream, host, port) for number, host in enumerate(hosts)]
+        try:
+            wait_until(lambda: any(process.poll() is not None for process in started), 60)  # noqa: B023
+            loser, winner = sorted(started, key=lambda process: process.poll() is None)
+            assert loser.returncode == 1
+            assert f":{port} (server.host, server.port): [Errno 98] Address already in use" in loser.communicate()[1]
+            wait_until(lambda: _is_healthy(port), 60)
+            winner.terminate()
+            assert winner.wait(30) == 0
+        finally:
+            for process in started:
+                with process:
+                    process.kill()
+
+
+def _start(config: Path, upstream: Upstream, host: str, port: int) -> subprocess.Popen[str]:
+    config.write_text(
+        f'[server]\nhost = "{host}"\nport = {port}\nworkers = 1\n'
+        f'[access]\nkeys_file = "{config.with_suffix(".keys")}"\n'
+        '[[roles]]\nname = "reader"\ntargets = ["*"]\nallow = ["*"]\n'
+        f'[[targets]]\nname = "prod"\narn = "{SERVER_ARN}"\nendpoint = "http://127.0.0.1:{upstream.port}"\n'
+    )
+    command = [str(Path(sys.executable).with_name("mlflow-proxy")), "serve", "-c", str(config)]
+    return subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+
+
+def _is_healthy(port: int) -> bool:
+    with suppress(OSError, HTTPException):
+        return call(port, "/-/health").status == 200
+    return False
 
 
 def _serves(port: int) -> bool:
