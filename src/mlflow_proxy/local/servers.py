@@ -36,7 +36,8 @@ class MlflowServer:
         self._database = f"sqlite:///{folder / 'mlflow.db'}"
         self._artifact_root = artifact_root
         self._python = python
-        self._port = _free_port()
+        self._reserved = _reserve_port()
+        self._port = int(self._reserved.getsockname()[1])
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -85,6 +86,7 @@ class MlflowServer:
 
     def stop(self) -> None:
         """End the process and its group."""
+        self._reserved.close()
         if self._process is None:
             return
         _signal_group(self._process.pid, signal.SIGTERM)
@@ -143,7 +145,12 @@ def _signal_group(pid: int, number: signal.Signals) -> None:
         return
 
 
-def _free_port() -> int:
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        return int(bound.getsockname()[1])
+def _reserve_port() -> socket.socket:
+    """A socket that keeps a free port from being given to anyone who asks for any port, until it is closed.
+
+    It does not listen, and allows reuse as MLflow's server does, so that server can listen there.
+    """
+    reserved = socket.socket()
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    reserved.bind(("127.0.0.1", 0))
+    return reserved
