@@ -133,15 +133,21 @@ def ui(config: Path | None, target: str, link_expires: int | None, session_expir
 @main.command()
 @click.option("--port", default=9500, show_default=True, help="Port of the stand-in's gate.")
 @click.option("--state", type=click.Path(path_type=Path), help="Folder for its data; default: a temporary one.")
-def local(port: int, state: Path | None) -> None:
+@click.option(
+    "--presigned-artifacts/--no-presigned-artifacts",
+    default=True,
+    show_default=True,
+    help="Whether MLflow hands out presigned URLs of artifacts.",
+)
+def local(port: int, state: Path | None, presigned_artifacts: bool) -> None:
     """Run a SageMaker MLflow on this machine, for tests without AWS."""
     _needs_local()
     from mlflow_proxy.local import run_local
 
     if state is not None:
-        sys.exit(run_local(state, port=port))
+        sys.exit(run_local(state, port=port, presigned_artifacts=presigned_artifacts))
     with tempfile.TemporaryDirectory(prefix="mlflow-proxy-local-", ignore_cleanup_errors=True) as folder:
-        code = run_local(Path(folder), port=port)
+        code = run_local(Path(folder), port=port, presigned_artifacts=presigned_artifacts)
     sys.exit(code)
 
 

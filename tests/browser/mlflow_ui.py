@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
-from playwright.sync_api import Locator, expect
+from playwright.sync_api import Locator, Page, expect
 from tests.browser.chromium import Watched
 from tests.browser.seed import RUNS, Seeded
 
@@ -15,10 +16,15 @@ _LINES = """plot => [...plot.querySelectorAll('path.js-line')].map(line => {
 })"""
 
 
+def way_in(page: Page, mode: str) -> Locator:
+    """Where the front page leads: an App's to a workspace, a tracking server's to the experiments."""
+    return page.get_by_role("link", name="default" if mode == "app" else "Experiments", exact=True)
+
+
 def list_experiments(watched: Watched, base: str, seeded: Seeded) -> Locator:
     """From the front page to the list of experiments, filtered by name. Returns the experiment's link."""
     page = watched.page
-    watched.open(f"{base}/")
+    watched.open(replace(seeded, base=base).page("/"))
     expect(page).to_have_title(re.compile("MLflow$"))
     watched.click(page.get_by_role("link", name="Experiments", exact=True))
     page.get_by_placeholder("Search experiments").fill(seeded.experiment)

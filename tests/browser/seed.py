@@ -42,6 +42,13 @@ class Seeded:
     runs: dict[str, str]  # name → id
     trace_id: str
     model: str
+    workspace: str  # "" where MLflow has none
+
+    def page(self, fragment: str) -> str:
+        """The address of a page of the UI; without its workspace in it, an App's UI would ask for one first."""
+        if not self.workspace:
+            return f"{self.base}/#{fragment}"
+        return f"{self.base}/#{fragment}{'&' if '?' in fragment else '?'}workspace={self.workspace}"
 
     def run(self, run_id: str) -> dict[str, Any]:
         """A run as the API has it now, through the proxy."""
@@ -84,7 +91,8 @@ def seed(base: str, label: str = "customer churn") -> Seeded:
     call("registered-models/create", {"name": model, "description": "Logged through the proxy"})
     call("model-versions/create", {"name": model, "source": f"{root}/model", "run_id": best})
     call("registered-models/alias", {"name": model, "alias": "champion", "version": "1"})
-    return Seeded(base, label, experiment_id, runs, trace_id, model)
+    has_workspaces = requests.get(f"{base}/api/3.0/mlflow/server-info", timeout=30).json()["workspaces_enabled"]
+    return Seeded(base, label, experiment_id, runs, trace_id, model, "default" if has_workspaces else "")
 
 
 def _curves(rate: float, depth: int, begun: int) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Locator, Page, expect
 from tests.browser.chromium import Watched, context
+from tests.browser.mlflow_ui import way_in
 from tests.faults.proxies import running, target
 
 from mlflow_proxy.local import LocalSageMaker
@@ -77,11 +78,11 @@ def test_leads_to_the_ui(name: str, origin: str, sagemaker: LocalSageMaker, watc
     page = watched.page
     watched.open(f"{origin}/-/")
     _card(page, name).get_by_role("link", name="Open MLflow").click()
-    expect(page.get_by_role("link", name="Experiments", exact=True)).to_be_visible()
+    expect(way_in(page, name)).to_be_visible()
     assert page.url == f"{origin}/t/{name}/"
     watched.open(f"{origin}/-/")
     _card(page, name).get_by_role("link", name="Open on AWS").click()
-    expect(page.get_by_role("link", name="Experiments", exact=True)).to_be_visible()
+    expect(way_in(page, name)).to_be_visible()
     assert page.url == f"{aws}/"
 
 

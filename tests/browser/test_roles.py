@@ -107,7 +107,7 @@ def test_a_reader_renames_nothing(guarded: Guarded, seeded: Callable[[str], Seed
     run_id = seeds.runs["bold-falcon"]
     with as_role(browser, guarded, "reader") as page:
         watched = Watched(page, (f"{seeds.base}/",))
-        watched.open(f"{seeds.base}/#/experiments/{seeds.experiment_id}/runs/{run_id}")
+        watched.open(seeds.page(f"/experiments/{seeds.experiment_id}/runs/{run_id}"))
         watched.click(page.get_by_role("button", name="Open header dropdown menu"))
         page.get_by_role("menuitem", name="Rename").click()
         dialog = page.get_by_role("dialog", name="Rename Run")

@@ -11,7 +11,7 @@ import requests
 from playwright.sync_api import BrowserContext, expect
 from tests.browser.chromium import Watched
 from tests.browser.conftest import PREFIXES
-from tests.browser.mlflow_ui import open_run, show_charts
+from tests.browser.mlflow_ui import open_run, show_charts, way_in
 from tests.browser.seed import QUESTION, Seeded
 
 pytestmark = pytest.mark.browser
@@ -50,7 +50,7 @@ def test_rename_a_run(seeded: Seeded, watch: Watch) -> None:
     name = "bold-falcon — überarbeitet 🦅"
     watched = watch(f"{seeded.base}/")
     page = watched.page
-    watched.open(f"{seeded.base}/#/experiments/{seeded.experiment_id}/runs/{run_id}")
+    watched.open(seeded.page(f"/experiments/{seeded.experiment_id}/runs/{run_id}"))
     expect(page.get_by_role("heading", name="bold-falcon")).to_be_visible()
     watched.click(page.get_by_role("button", name="Open header dropdown menu"))
     page.get_by_role("menuitem", name="Rename").click()
@@ -67,7 +67,7 @@ def test_rename_a_run(seeded: Seeded, watch: Watch) -> None:
 def test_traces(seeded: Seeded, watch: Watch) -> None:
     watched = watch(f"{seeded.base}/")
     page = watched.page
-    watched.open(f"{seeded.base}/#/experiments/{seeded.experiment_id}")
+    watched.open(seeded.page(f"/experiments/{seeded.experiment_id}"))
     expect(page.get_by_text("Latency").first).to_be_visible()
     watched.click(page.get_by_role("link", name="Traces"))
     watched.click(page.get_by_text(QUESTION).first)
@@ -81,7 +81,7 @@ def test_traces(seeded: Seeded, watch: Watch) -> None:
 def test_models(seeded: Seeded, watch: Watch) -> None:
     watched = watch(f"{seeded.base}/")
     page = watched.page
-    watched.open(f"{seeded.base}/#/models?searchQuery={quote(seeded.model)}")
+    watched.open(seeded.page(f"/models?searchQuery={quote(seeded.model)}"))
     watched.click(page.get_by_role("link", name=seeded.model))
     expect(page.get_by_text("Logged through the proxy")).to_be_visible()
     expect(page.get_by_text("champion")).to_be_visible()
@@ -96,7 +96,7 @@ def test_without_the_slash(place: str, origin: str, watch: Watch) -> None:
     watched = watch(f"{origin}/t/{place}")
     watched.open(f"{origin}/t/{place}")
     expect(watched.page).to_have_title(re.compile("MLflow$"))
-    expect(watched.page.get_by_role("link", name="Experiments", exact=True)).to_be_visible()
+    expect(way_in(watched.page, place)).to_be_visible()
     assert urlsplit(watched.page.url).path == f"/t/{place}/"
 
 

@@ -42,7 +42,7 @@ _TIME = re.compile(r"\b\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(\.\d+)?(Z|\+00:00)?")
 _MOMENTS = [
     (re.compile(r"\b(viaproxy|straight)"), "LANE"),
     (re.compile(r'(?<="experiment_id": )"?\d+"?'), "EXPERIMENT"),
-    (re.compile(r"(?<=s3://local-sagemaker-mlflow/)(tracking|app)/\d+"), "EXPERIMENT"),
+    (re.compile(r"(?<=s3://local-sagemaker-mlflow/)(tracking|app/workspaces/default)/\d+"), "EXPERIMENT"),
     (re.compile(r"\b[0-9a-f]{64}\b|\b\d{8}T\d{6}Z\b"), "SIGNED"),
     (re.compile(r"\b[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\b"), "UUID"),
     (re.compile(r"\b[0-9a-f]{32}\b"), "HEX"),

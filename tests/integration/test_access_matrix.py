@@ -365,3 +365,37 @@ def test_the_rate_of_a_caller(at: Site) -> None:
     check_limited(at, answers[-1], "caller rate")
     check_limited(at, send(at.peer(STRANGER), next(ways), ASKS["read"]), "caller rate")
     assert send(at.trusted, at.key("reader"), ASKS["read"]).status == 200
+
+
+def test_only_a_writer_changes_workspaces(at: Site) -> None:
+    """An App has workspaces, and its IAM lets the reader do all: what is refused, the proxy refuses."""
+    below, json_body = "/t/app/api/3.0/mlflow/workspaces", (("Content-Type", "application/json"),)
+    name = "matrix-team"
+    changes = [
+        ("POST", below, "CreateWorkspace", {"name": name}, 201),
+        ("PATCH", f"{below}/{name}", "UpdateWorkspace", {"description": "changed"}, 200),
+        ("DELETE", f"{below}/{name}?mode=CASCADE", "DeleteWorkspace", {}, 204),
+    ]
+    for role, allowed in (("reader", False), ("writer", True)):
+        headers = at.key(role)
+        for method, path, action, data, status in changes:
+            answer = at.trusted.call(method, path, (*headers, *json_body), json.dumps(data).encode())
+            assert answer.status == (status if allowed else 403), answer.body
+            assert allowed or action in answer.json["message"]
+            assert at.log([answer])[0]["action"] == action
+        assert {"name": "default"}.items() <= at.trusted.call("GET", f"{below}/default", headers).json[
+            "workspace"
+        ].items()
+
+
+def test_a_call_reaches_the_workspace_that_its_header_names(at: Site) -> None:
+    below, headers = "/t/app/api", at.key("writer")
+    inside = (*headers, ("X-MLflow-Workspace", "header-team"))
+    at.trusted.post(f"{below}/3.0/mlflow/workspaces", headers, {"name": "header-team"})
+    try:
+        created = at.trusted.post(f"{below}/2.0/mlflow/experiments/create", inside, {"name": "inside"})
+        path = f"{below}/2.0/mlflow/experiments/get?experiment_id={created.json['experiment_id']}"
+        assert at.trusted.call("GET", path, inside).json["experiment"]["workspace"] == "header-team"
+        assert at.trusted.call("GET", path, headers).status == 404
+    finally:
+        at.trusted.call("DELETE", f"{below}/3.0/mlflow/workspaces/header-team?mode=CASCADE", headers)

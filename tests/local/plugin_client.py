@@ -1,9 +1,14 @@
 """What AWS's own MLflow plugin does against a target; run as a script with the target in MLFLOW_TRACKING_URI."""
 
+import os
+from collections.abc import Callable
+from typing import Any
+
 import mlflow
 import requests
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
 from sagemaker_mlflow.presigned_url import get_presigned_url
 
 NAME = 'it\'s "quoted" + 東京 🚀'
@@ -33,6 +38,10 @@ assert client.get_run(run_id).data.params == {"lr": "0.1", "depth": "3"}
 client.log_text(run_id, "hello", "notes/a b.txt")
 assert [each.path for each in client.list_artifacts(run_id, "notes")] == ["notes/a b.txt"]
 
+os.environ["SAGEMAKER_PRESIGNED_URL_UPLOAD_ENABLED"] = "true"
+client.log_text(run_id, "by presigned URL", "notes/presigned.txt")
+assert mlflow.artifacts.load_text(f"{run.info.artifact_uri}/notes/presigned.txt") == "by presigned URL"
+
 client.create_registered_model("model", description="d")
 version = client.create_model_version("model", source=run.info.artifact_uri, run_id=run_id).version
 client.set_registered_model_alias("model", "best", version)
@@ -56,4 +65,31 @@ browser = requests.Session()
 assert "<title>MLflow</title>" in browser.get(url).text
 assert requests.get(url).status_code == 403
 client.delete_experiment(experiment)
+
+
+def refused(call: Callable[..., Any], *words: str) -> str:
+    """The message of the error that a call ends in."""
+    try:
+        call(*words)
+    except MlflowException as error:
+        return str(error)
+    raise AssertionError(f"{call.__name__} was not refused")
+
+
+if ":mlflow-app/" in os.environ["MLFLOW_TRACKING_URI"]:
+    assert "default" in [workspace.name for workspace in mlflow.list_workspaces()]
+    created = mlflow.create_workspace("plugin-team", description="first")
+    assert (created.name, created.description) == ("plugin-team", "first")
+    assert "exists" in refused(mlflow.create_workspace, "plugin-team")
+    assert refused(mlflow.create_workspace, "No Name!")
+    assert mlflow.update_workspace("plugin-team", description="second").description == "second"
+    assert mlflow.get_workspace("plugin-team").description == "second"
+    mlflow.set_workspace("plugin-team")
+    inside = client.create_experiment("inside")
+    mlflow.set_workspace(None)
+    assert inside not in [each.experiment_id for each in client.search_experiments()]
+    mlflow.delete_workspace("plugin-team", mode="CASCADE")
+    assert "RESOURCE_DOES_NOT_EXIST" in refused(mlflow.get_workspace, "plugin-team")
+else:
+    assert refused(mlflow.list_workspaces)
 print("all accepted")

@@ -127,8 +127,8 @@ def action_of(arn: Arn, method: str, raw_path: str) -> tuple[str, str]:
 
 
 def mlflow_action(method: str, raw_path: str) -> str:
-    """The action without its prefix; the path is read as MLflow reads it, decoded and normalised."""
-    path = normpath("/" + unquote(raw_path).lstrip("/"))
+    """The action without its prefix."""
+    path = as_mlflow_reads(raw_path)
     method = "GET" if method == "HEAD" else method
     if path == _OTLP:
         return "StartTrace"
@@ -143,6 +143,11 @@ def mlflow_action(method: str, raw_path: str) -> str:
         if api["twin"] == "ajax-api" and method == "GET":
             return ACCESS_UI
     return _named_after(method, route)
+
+
+def as_mlflow_reads(raw_path: str) -> str:
+    """The path, decoded and normalised."""
+    return normpath("/" + unquote(raw_path).lstrip("/"))
 
 
 def _named_after(method: str, route: str) -> str:

@@ -1,4 +1,4 @@
-"""The stand-in's own controls: faults, clock, journal, server state, container credentials.
+"""The stand-in's own controls: faults, features, clock, journal, server state, container credentials.
 
 Not a part of SageMaker: on a port of its own, bound to loopback, closed to requests whose Host or Origin is
 not its own, so that no web page can reach it.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -44,6 +45,8 @@ class Admin:
             ("POST", re.compile("faults"), self._add_fault),
             ("DELETE", re.compile("faults"), self._clear_faults),
             ("DELETE", re.compile(r"faults/(\d+)"), self._remove_fault),
+            ("GET", re.compile("features"), self._show_features),
+            ("POST", re.compile("features"), self._change_features),
             ("GET", re.compile("requests"), self._requests),
             ("DELETE", re.compile("requests"), self._clear_requests),
             ("POST", re.compile(r"servers/([\w-]+)/(start|stop)"), self._move_server),
@@ -89,9 +92,7 @@ class Admin:
     def _add_fault(self, request: Request) -> Answer:
         """Add a fault (fields of `faults.Fault`), change settings (those of `_SETTINGS`, in seconds), or both."""
         try:
-            values = json.loads(request.body)
-            if not isinstance(values, dict):
-                raise Refused("The body must be a JSON object.")
+            values = _json_object(request.body)
             settings = {name: values.pop(name) for name in _SETTINGS if name in values}
             number = self._service.faults.add(Fault.parse(values)) if values else None
             self._set(settings)
@@ -119,6 +120,21 @@ class Admin:
             raise Refused(f"There is no fault {number}.", 404)
         return 200, {}
 
+    def _show_features(self, _: Request) -> Answer:
+        """What MLflow offers, by name: true or false."""
+        return 200, asdict(self._service.features)
+
+    def _change_features(self, request: Request) -> Answer:
+        """Switch features on or off, those of `service.Features`."""
+        known = asdict(self._service.features)
+        values = _json_object(request.body)
+        for name, value in values.items():
+            if name not in known or not isinstance(value, bool):
+                raise Refused(f"The features are {', '.join(known)}, each true or false.")
+        for name, value in values.items():
+            setattr(self._service.features, name, value)
+        return self._show_features(request)
+
     def _requests(self, request: Request) -> Answer:
         """The journal, oldest first; `?last=` how many, 100 unless told."""
         return 200, {"requests": self._service.journal.last(_number(request, "last", 100))}
@@ -143,6 +159,16 @@ class Admin:
             raise Refused(f"There is no role {name}; there are {', '.join(self._roles)}.", 404)
         lifetime = _number(request, "lifetime", 3600)
         return 200, open_session(role, role.split(":")[4], self._service.region, lifetime)
+
+
+def _json_object(body: bytes) -> dict[str, Any]:
+    try:
+        values = json.loads(body)
+    except ValueError as error:
+        raise Refused(f"The body must be a JSON object: {error}") from error
+    if not isinstance(values, dict):
+        raise Refused("The body must be a JSON object.")
+    return values
 
 
 def _number(request: Request, name: str, default: int) -> int:

@@ -21,13 +21,20 @@ def run_local(
     port: int = 9500,
     region: str = "us-east-1",
     cross_account: bool = False,
+    presigned_artifacts: bool = True,
     say: Callable[[str], None] = lambda line: print(line, flush=True),  # noqa: T201 (a command's output)
 ) -> int:
     """Start, tell how to use it, wait for SIGINT or SIGTERM, end everything. The exit code is returned."""
     for number in _ENDINGS:
         signal.signal(number, _interrupt)
     sagemaker = LocalSageMaker(
-        state_dir, host=host, port=port, region=region, cross_account=cross_account, progress=say
+        state_dir,
+        host=host,
+        port=port,
+        region=region,
+        cross_account=cross_account,
+        presigned_artifacts=presigned_artifacts,
+        progress=say,
     )
     try:
         began = time.monotonic()

@@ -7,9 +7,12 @@ is recognised.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Awaitable, Callable
 
-from .actions import action_of
+from werkzeug.exceptions import NotFound
+
+from .actions import action_of, as_mlflow_reads
 from .asgi import ClientGone, Receive, Request, Send, error_answer, respond
 from .errors import AwsError
 from .identity import Principal
@@ -17,6 +20,10 @@ from .journal import Entry
 from .relay import Relay
 from .service import Service
 from .targets import Arn, Target
+
+_PRESIGNED = re.compile(r"/(ajax-)?api/2\.0/mlflow/artifacts/presigned-(upload|download)-url")
+# What MLflow answers where it has no route.
+_NO_ROUTE = NotFound()
 
 
 class DataPlane:
@@ -47,7 +54,15 @@ class DataPlane:
         if not target.running:
             message = f"Tracking server {target.arn.text} is not in service: its status is {target.status}."
             raise AwsError("ServiceUnavailableException", message, status=503)
+        if not self._service.features.presigned_artifacts and _PRESIGNED.fullmatch(as_mlflow_reads(request.path)):
+            await self._answer_no_route(request, entry, send)
+            return
         entry.status = await self._relay.forward(request, target, fault, send)
+
+    async def _answer_no_route(self, request: Request, entry: Entry, send: Send) -> None:
+        entry.status = 404
+        headers = [("content-type", "text/html; charset=utf-8"), ("date", self._service.clock.http_date())]
+        await respond(send, 404, headers, _NO_ROUTE.get_body().encode(), head=request.method == "HEAD")
 
     async def refuse(self, error: AwsError, entry: Entry, request: Request, send: Send) -> None:
         """Answer an error in AWS's shape and note it."""

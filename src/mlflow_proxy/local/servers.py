@@ -29,12 +29,15 @@ _STOP_SECONDS = 5.0
 class MlflowServer:
     """One `mlflow server`: SQLite, artifacts on S3 and not served by it, one worker, 127.0.0.1."""
 
-    def __init__(self, name: str, folder: Path, artifact_root: str, python: Path | None = None) -> None:
+    def __init__(
+        self, name: str, folder: Path, artifact_root: str, *, workspaces: bool, python: Path | None = None
+    ) -> None:
         self.name = name
         self.log = folder / "mlflow.log"
         self._folder = folder
         self._database = f"sqlite:///{folder / 'mlflow.db'}"
         self._artifact_root = artifact_root
+        self._workspaces = workspaces
         self._python = python
         self._reserved = _reserve_port()
         self._port = int(self._reserved.getsockname()[1])
@@ -116,6 +119,7 @@ class MlflowServer:
             "DO_NOT_TRACK": "1",
             "MLFLOW_MODEL_CATALOG_URI": "",  # the models that MLflow came with, without asking GitHub
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            "MLFLOW_ENABLE_WORKSPACES": str(self._workspaces).lower(),  # MLflow before 3.10 does not know it
             "_MLFLOW_SERVER_FILE_STORE": self._database,
             "_MLFLOW_SERVER_REGISTRY_STORE": self._database,
             "_MLFLOW_SERVER_ARTIFACT_ROOT": self._artifact_root,

@@ -13,12 +13,24 @@ from .signature import Checker
 from .targets import Targets
 
 
+@dataclass
+class Features:
+    """What the MLflow of all targets offers; may be changed at any time.
+
+    `presigned_artifacts`: MLflow's endpoints for presigned upload and download URLs. No public text says whether the
+    service has them.
+    """
+
+    presigned_artifacts: bool = True
+
+
 @dataclass(frozen=True)
 class Service:
     """One region of the stand-in."""
 
     region: str
     directory: Directory
+    features: Features = field(default_factory=Features)
     clock: ServiceClock = field(default_factory=ServiceClock)
     targets: Targets = field(default_factory=Targets)
     sessions: Sessions = field(default_factory=Sessions)

@@ -27,7 +27,7 @@ from .journal import Journal
 from .listeners import Listeners, address
 from .relay import Relay
 from .servers import MlflowServer
-from .service import Service
+from .service import Features, Service
 from .targets import Arn, Kind, Target, Targets
 from .ui import UiGate
 
@@ -47,19 +47,23 @@ class LocalSageMaker:
         tracking: bool = True,
         app: bool = True,
         cross_account: bool = False,
+        presigned_artifacts: bool = True,
         mlflow_python: Path | None = None,
         progress: Callable[[str], None] = lambda _: None,
     ) -> None:
         """Choose what to start; nothing is started yet.
 
         `port` is the gate's, all others are free ones. `cross_account` adds a tracking server of
-        `other_account`. `mlflow_python` is the interpreter of another environment, whose `mlflow server` is
-        then run. Experiments outlive a restart with the same `state_dir`, artifacts do not.
+        `other_account`. `presigned_artifacts` is whether MLflow's endpoints for presigned URLs of artifacts answer.
+        `mlflow_python` is the interpreter of another environment, whose `mlflow server` is then run. Experiments
+        outlive a restart with the same `state_dir`, artifacts do not.
         """
         self.state_dir = state_dir.absolute()
         self.region = region
         self.bucket = "local-sagemaker-mlflow"
-        self._service = Service(region, Directory((account, other_account)))
+        self._service = Service(
+            region, Directory((account, other_account)), Features(presigned_artifacts=presigned_artifacts)
+        )
         self._host, self._port, self._account, self._python = host, port, account, mlflow_python
         self._progress = progress
         self._estate = Estate(
@@ -86,6 +90,11 @@ class LocalSageMaker:
     def faults(self) -> Faults:
         """The faults in force; `faults.add(Fault(...))` is the same as posting one to the admin endpoint."""
         return self._service.faults
+
+    @property
+    def features(self) -> Features:
+        """What MLflow offers; a change counts from the next request on, as one posted to the admin endpoint does."""
+        return self._service.features
 
     @property
     def journal(self) -> Journal:
@@ -207,7 +216,9 @@ class LocalSageMaker:
         aws["MLFLOW_S3_ENDPOINT_URL"] = self.moto_endpoint
         for name, arn in self._wanted.items():
             root = f"s3://{self.bucket}/{name}"
-            server = MlflowServer(name, self.state_dir / name, root, self._python)
+            server = MlflowServer(
+                name, self.state_dir / name, root, workspaces=arn.kind is Kind.APP, python=self._python
+            )
             self._servers[name] = server
             server.start(aws)
             self.targets.add(Target(name, arn, server.url, root))
