@@ -1,5 +1,6 @@
 """What all tests share: one local SageMaker for the session, because it takes seconds to start; two halves of tests."""
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,20 @@ import pytest
 from xdist.scheduler import LoadScopeScheduling
 
 from mlflow_proxy.local import LocalSageMaker
+
+# What nohup and a shell's background may have told this process, and so all programs that it starts, to ignore.
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+
+
+def pytest_configure() -> None:
+    """The programs under test hear signals, however the tests were started; the tests go on ignoring what they were
+    told to ignore.
+
+    A program inherits that a signal is ignored, but not that it is caught.
+    """
+    for number in _SIGNALS:
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
 
 
 @pytest.fixture(scope="session")

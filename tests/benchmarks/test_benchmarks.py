@@ -94,9 +94,7 @@ def test_an_interrupted_run_ends_what_it_started(how: signal.Signals) -> None:
 
 
 def interrupt(tmp_path: Path, how: signal.Signals) -> None:
-    # What started these tests may have told them to ignore signals.
-    signals = ["env", "--default-signal=INT,TERM"]
-    command = [*signals, sys.executable, "-m", "benchmarks", "--quick", "--peers", "nginx,direct", "--seconds", "20"]
+    command = [sys.executable, "-m", "benchmarks", "--quick", "--peers", "nginx,direct", "--seconds", "20"]
     environment = os.environ | {"TMPDIR": str(tmp_path)}
     run = psutil.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
