@@ -14,7 +14,7 @@ export UV_NO_PROGRESS ?= 1
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | while IFS=$$'\t' read -r t d; do printf '  make %-10s %s\n' "$$t" "$$d"; done
 
-demo: .venv/.local ## the proxy on http://127.0.0.1:8080 before a local SageMaker MLflow; Ctrl-C ends it
+demo: .venv/.local ## the proxy on http://127.0.0.1:8080 with a local SageMaker MLflow; PORT=8081 is another port; Ctrl-C ends it
 	@exec .venv/bin/mlflow-proxy demo --port $(PORT)
 
 test: .venv/.dev infra/node_modules/.ready ## set everything up and run all tests

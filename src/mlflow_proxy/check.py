@@ -48,15 +48,15 @@ SIGNATURE_ERRORS = frozenset(
 )
 
 
-def run(settings: Settings, name: str | None) -> bool:
+def run(settings: Settings, name: str | None, *, verbose: bool = False) -> bool:
     """Check all targets, or the named one; prints as it goes. Returns whether nothing failed."""
     targets = [target for target in settings.build_targets() if name in (None, target.name)]
     if not targets:
         raise click.ClickException(f"there is no target {name!r} in the configuration")
-    return asyncio.run(_run(settings, targets))
+    return asyncio.run(_run(settings, targets, verbose=verbose))
 
 
-async def _run(settings: Settings, targets: list[Target]) -> bool:
+async def _run(settings: Settings, targets: list[Target], *, verbose: bool) -> bool:
     credentials = CredentialStore(targets, settings.aws, proxy=settings.upstream.proxy)
     await credentials.start()
     sender = Sender(targets, settings.upstream, credentials, Deadlines(asyncio.get_running_loop()))
@@ -66,12 +66,12 @@ async def _run(settings: Settings, targets: list[Target]) -> bool:
             click.secho("\ncallers", bold=True)
             async for step in access_steps(settings, targets, credentials):
                 failed |= step.good is False
-                print_step(step)
+                print_step(step, verbose=verbose)
         for target in targets:
             click.secho(f"\n{target.name}  {target.arn.text}", bold=True)
             async for step in Check(settings, target, credentials, sender).steps():
                 failed |= step.good is False
-                print_step(step)
+                print_step(step, verbose=verbose)
     finally:
         sender.close()
         await credentials.close()
@@ -112,7 +112,7 @@ class Check:
     async def _credential_steps(self) -> AsyncIterator[Step]:
         status = self._credentials.status(self._target)
         if not status.usable:
-            yield Step("credentials", False, "none that can be used", status.error or "")
+            yield Step.failed("credentials", "none that can be used", status.error or "")
             return
         remaining = "without end"
         if status.expires_at is not None:
@@ -121,7 +121,7 @@ class Check:
         try:
             yield Step("identity", True, await self._credentials.identity(self._target))
         except CredentialsUnavailable as error:
-            yield Step("identity", None, "STS does not tell", error.reason)
+            yield Step.failed("identity", "STS does not tell", error.reason, good=None)
 
     async def _dns(self) -> Step:
         endpoint = self._target.endpoint
@@ -209,7 +209,7 @@ class Check:
                 self._settings.upstream.proxy,
             )
         except (PresignError, CredentialsUnavailable) as error:
-            return [Step("server", None, "SageMaker does not tell its state", str(error))]
+            return [Step.failed("server", "SageMaker does not tell its state", str(error), good=None)]
         advice = "" if told.running else _start_advice(self._target)
         return [
             Step("server", told.running, f"{told.name} is {told.status}", advice),

@@ -96,7 +96,7 @@ async def _role_step(role: RoleSettings, targets: tuple[Target, ...], credential
         if pending is not None:
             await pending
     except CredentialsUnavailable as unavailable:
-        return Step(name, False, f"{role.assume_role_arn} cannot be assumed", unavailable.reason)
+        return Step.failed(name, f"{role.assume_role_arn} cannot be assumed", unavailable.reason)
     return Step(name, True, f"signs as {role.assume_role_arn}, in a session per caller")
 
 

@@ -54,11 +54,16 @@ def serve(config: Path | None) -> None:
 @main.command()
 @_CONFIG
 @click.option("--target", "-t", "name", help="Check only this target.")
-def check(config: Path | None, name: str | None) -> None:
-    """Test the configuration against the live targets, step by step, with the likely cause of each failure."""
+@click.option("--verbose", "-v", is_flag=True, help="Print the whole reason of what could not be found out.")
+def check(config: Path | None, name: str | None, verbose: bool) -> None:
+    """Test the configuration against the live targets.
+
+    Step by step, with the likely cause of each failure. Exit code 0: all well, 1: something failed.
+    """
     from mlflow_proxy.check import run
 
-    sys.exit(0 if run(_load(config), name) else 1)
+    _print_no_log()
+    sys.exit(0 if run(_load(config), name, verbose=verbose) else 1)
 
 
 @main.command()
@@ -87,8 +92,9 @@ def validate(
     output: str,
     wait: float,
 ) -> None:
-    """Try a live deployment as its callers use it, and remove what that made. Exit code 0: all well, 1: something
-    failed, 2: not reachable.
+    """Try a live deployment as its callers use it.
+
+    What that makes is removed. Exit code 0: all well, 1: something failed, 2: not reachable.
     """
     from mlflow_proxy.validate import run
     from mlflow_proxy.validate.deployment import Mistake, deployment
@@ -119,6 +125,7 @@ def ui(config: Path | None, target: str, link_expires: int | None, session_expir
     """Print a fresh presigned link to TARGET's MLflow UI. It works once."""
     from mlflow_proxy.check import presign
 
+    _print_no_log()
     settings = _load(config)
     click.echo(
         presign(
@@ -142,6 +149,7 @@ def ui(config: Path | None, target: str, link_expires: int | None, session_expir
 def local(port: int, state: Path | None, presigned_artifacts: bool) -> None:
     """Run a SageMaker MLflow on this machine, for tests without AWS."""
     _needs_local()
+    click.echo("Loading the local SageMaker MLflow …")
     from mlflow_proxy.local import run_local
 
     if state is not None:
@@ -154,8 +162,12 @@ def local(port: int, state: Path | None, presigned_artifacts: bool) -> None:
 @main.command()
 @click.option("--port", default=8080, show_default=True, help="Port of the proxy.")
 def demo(port: int) -> None:
-    """Run the proxy before a local SageMaker MLflow, and print what to try."""
+    """Run the proxy with a local SageMaker MLflow.
+
+    Prints what to try. No AWS account is needed.
+    """
     _needs_local()
+    click.echo("Loading the local SageMaker MLflow …")
     from mlflow_proxy.local.demo import run_demo
 
     sys.exit(run_demo(port))
@@ -163,7 +175,10 @@ def demo(port: int) -> None:
 
 @main.command()
 def options() -> None:
-    """Print every option of the configuration as the table in docs/configuration.md."""
+    """Print all options as a Markdown table.
+
+    It is the one in docs/configuration.md.
+    """
     from mlflow_proxy.options import options_markdown
 
     click.echo(options_markdown())
@@ -181,6 +196,13 @@ def _load(config: Path | None) -> Settings:
         for problem in error.problems:
             click.echo(f"  ✗ {problem}", err=True)
         sys.exit(2)
+
+
+def _print_no_log() -> None:
+    """For commands that print all that matters themselves: without a handler, Python prints warnings of the log."""
+    import logging
+
+    logging.getLogger("mlflow_proxy").addHandler(logging.NullHandler())
 
 
 def _needs_local() -> None:

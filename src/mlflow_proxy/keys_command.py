@@ -10,6 +10,7 @@ import json
 import os
 import pwd
 import re
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -180,7 +181,10 @@ def rotate(
     config: Path | None,
     file: Path | None,
 ) -> None:
-    """Make a new key for a name and print it, this once; the old one counts until the overlap ends."""
+    """Replace a name's key, and print the new one.
+
+    It is printed this once. The old one counts until the overlap ends.
+    """
     place = _place(config, file)
     now = _now()
     with _changing(place) as (held, trail):
@@ -265,6 +269,9 @@ class _Trail:
     def write(self) -> None:
         """Write all lines, for a few seconds at the most. `check` tells whether that succeeded."""
         from mlflow_proxy.telemetry.audit import AuditLog  # as above
+
+        if self._to == "stderr" and sys.stderr.isatty():
+            return  # a terminal keeps no record, and its user is told what was done in plain words
 
         log = AuditLog(self._to)
         for event, fields in self._lines:

@@ -6,6 +6,7 @@ import asyncio
 import fcntl
 import json
 import os
+import pty
 import re
 import resource
 import stat
@@ -482,6 +483,18 @@ class TestProcesses:
     def command(self, *arguments: str | Path, **more: Any) -> subprocess.CompletedProcess[str]:
         line = [*COMMAND, *(str(each) for each in arguments)]
         return subprocess.run(line, capture_output=True, text=True, check=False, **more)
+
+    def test_on_a_terminal(self, path: Path, tmp_path: Path) -> None:
+        """The audit line would be of use to nobody there."""
+        config = configured(tmp_path, f'[access]\nkeys_file = "{path}"\n')
+        controller, terminal = pty.openpty()
+        line = [*COMMAND, "new", "--name", "ci", "--role", "writer", "-c", str(config)]
+        subprocess.run(line, stdin=terminal, stdout=terminal, stderr=terminal, check=True)
+        os.close(terminal)
+        said = os.read(controller, 65536).decode()
+        os.close(controller)
+        assert "key-created" not in said
+        assert KEY.search(said)
 
     def test_in_a_script(self, path: Path, tmp_path: Path) -> None:
         config = configured(tmp_path, f'[access]\nkeys_file = "{path}"\n[audit]\nto = "stdout"\n')

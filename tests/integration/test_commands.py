@@ -186,7 +186,33 @@ def test_no_credentials(checks: Checks) -> None:
     done = checks(NO_KEYS)
     assert done.returncode == 1
     assert row(done, "credentials").startswith("✗ credentials    none that can be used")
-    assert "→" in row(done, "credentials")
+    assert "no AWS credentials were found. On AWS, attach a role" in row(done, "credentials")
+    assert max(len(line) for line in done.stdout.splitlines()) < 300
+    assert done.stderr == ""
+    assert "AWS_ACCESS_KEY_ID is not set" not in done.stdout
+    assert "mlflow-proxy check --verbose" in done.stdout
+
+
+def test_no_credentials_in_detail(sagemaker: LocalSageMaker, tmp_path: Path) -> None:
+    path = config(tmp_path, targets_of(sagemaker)[:1])
+    done = run(tmp_path, "check", "--verbose", "-c", str(path), environ={**sagemaker.environment(), **NO_KEYS})
+    assert done.returncode == 1
+    assert "AWS_ACCESS_KEY_ID is not set" in done.stdout
+
+
+def test_no_link_without_credentials(sagemaker: LocalSageMaker, tmp_path: Path) -> None:
+    path = config(tmp_path, targets_of(sagemaker)[:1])
+    done = run(tmp_path, "ui", "tracking", "-c", str(path), environ={**sagemaker.environment(), **NO_KEYS})
+    assert done.returncode == 1
+    assert done.stderr.count("no AWS credentials were found") == 1
+
+
+@pytest.mark.parametrize("group", [[], ["keys"]])
+def test_the_help_describes_commands_in_whole_sentences(tmp_path: Path, group: list[str]) -> None:
+    done = run(tmp_path, *group, "--help", environ={"COLUMNS": "80"})
+    commands = done.stdout.partition("Commands:\n")[2].splitlines()
+    assert len(commands) >= 4
+    assert [line for line in commands if not line.endswith(".") or line.endswith("...")] == []
 
 
 def visit(link: str) -> requests.Response:
@@ -309,6 +335,9 @@ def test_the_demo(tmp_path: Path) -> None:
         family = psutil.Process(demo.pid).children(recursive=True)
         assert len(family) >= 3  # the proxy and two MLflow servers at the least
         guide = printed.read_text()
+        assert guide.startswith("Loading the local SageMaker MLflow …\n")
+        assert "  The proxy starts\n" in guide
+        assert " INFO " not in guide
         commands = guide[guide.index("PROXY=") : guide.index("The same with any MLflow client")]
         for commands_of_a_mode in (commands, re.sub(r"^# PROXY", "PROXY", commands, flags=re.MULTILINE)):
             done = subprocess.run(

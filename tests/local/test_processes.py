@@ -79,6 +79,18 @@ def test_told_to_end_while_starting(command: Command) -> None:
     assert gone_within(children, 10)
 
 
+def test_it_says_that_it_is_still_starting(command: Command) -> None:
+    read_until(command, "MLflow for app starts")
+    children = psutil.Process(command.pid).children(recursive=True)
+    for child in children:
+        child.suspend()
+    said = read_until(command, "s so far")
+    assert "MLflow for tracking and app is still starting" in said
+    for child in children:
+        child.kill()
+    assert command.wait(30) == 1
+
+
 @pytest.mark.parametrize("when", ["starts", "Ctrl-C ends it."])
 def test_killed(command: Command, when: str) -> None:
     read_until(command, when)

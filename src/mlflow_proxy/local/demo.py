@@ -1,4 +1,4 @@
-"""`mlflow-proxy demo`: the proxy before a local SageMaker, with the commands to try it; Ctrl-C ends all of it."""
+"""`mlflow-proxy demo`: the proxy with a local SageMaker, with the commands to try it; Ctrl-C ends all of it."""
 
 from __future__ import annotations
 
@@ -77,6 +77,7 @@ workers = 2
 
 [log]
 format = "text"
+level = "warning"
 
 [access]
 keys_file = "{state / "keys.jsonl"}"
@@ -114,6 +115,7 @@ def _with_proxy(sagemaker: LocalSageMaker, state: Path, port: int, ended: thread
     config = state / "proxy.toml"
     config.write_text(_configuration(sagemaker, state, port))
     keys = _make_keys(state / "keys.jsonl")
+    click.echo("  The proxy starts")
     proxy = subprocess.Popen(  # noqa: S603
         [sys.executable, str(_LAUNCH), str(os.getpid()), "mlflow_proxy", "serve", "--config", str(config)],
         env={**os.environ, **sagemaker.environment()},

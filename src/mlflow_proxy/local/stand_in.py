@@ -7,9 +7,11 @@ not be used beside it.
 from __future__ import annotations
 
 import atexit
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -30,6 +32,9 @@ from .servers import MlflowServer
 from .service import Features, Service
 from .targets import Arn, Kind, Target, Targets
 from .ui import UiGate
+
+# Seconds of silence while MLflow starts.
+_PATIENCE = 3.0
 
 
 class LocalSageMaker:
@@ -245,13 +250,22 @@ class LocalSageMaker:
         listeners.serve(Admin(self._service, self.roles, self.summary), bound)
 
     def _wait_for_mlflow(self, began: float) -> None:
-        for target in self.targets:
-            server = self._servers[target.name]
-            server.wait()
-            target.mlflow_version = server.version()
-            self._progress(
-                f"MLflow {target.mlflow_version} for {target.name} answers after {time.monotonic() - began:.1f} s"
-            )
+        starting = [target.name for target in self.targets]
+
+        def tell() -> None:
+            if starting:
+                names, seconds = " and ".join(starting), time.monotonic() - began
+                self._progress(f"MLflow for {names} is still starting, {seconds:.0f} s so far")
+
+        with _every(_PATIENCE, tell):
+            for target in self.targets:
+                server = self._servers[target.name]
+                server.wait()
+                target.mlflow_version = server.version()
+                starting.remove(target.name)
+                self._progress(
+                    f"MLflow {target.mlflow_version} for {target.name} answers after {time.monotonic() - began:.1f} s"
+                )
 
     def stop(self) -> None:
         """End everything that was started; harmless when nothing was, or twice."""
@@ -274,6 +288,24 @@ class LocalSageMaker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+
+
+@contextmanager
+def _every(seconds: float, act: Callable[[], None]) -> Iterator[None]:
+    """Call `act` in a thread again and again, until the block ends."""
+    ended = threading.Event()
+
+    def repeat() -> None:
+        while not ended.wait(seconds):
+            act()
+
+    thread = threading.Thread(target=repeat, name="local-progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def _arn(region: str, account: str, kind: Kind, resource: str) -> Arn:
