@@ -21,6 +21,7 @@ from mlflow_proxy.check_access import access_steps
 from mlflow_proxy.check_table import Step, print_step
 from mlflow_proxy.deadlines import Deadlines
 from mlflow_proxy.errors import Refusal
+from mlflow_proxy.exposure import exposures
 from mlflow_proxy.http1 import UpstreamError
 from mlflow_proxy.readiness import PROBE, PROBE_BODY, mlflow_message
 from mlflow_proxy.sending import Answer, Sender
@@ -61,9 +62,12 @@ async def _run(settings: Settings, targets: list[Target], *, verbose: bool) -> b
     await credentials.start()
     sender = Sender(targets, settings.upstream, credentials, Deadlines(asyncio.get_running_loop()))
     failed = False
+    exposed = [Step("exposure", None, exposure) for exposure in exposures(settings)]
     try:
-        if settings.identifies:
+        if settings.identifies or exposed:
             click.secho("\ncallers", bold=True)
+            for step in exposed:
+                print_step(step)
             async for step in access_steps(settings, targets, credentials):
                 failed |= step.good is False
                 print_step(step, verbose=verbose)

@@ -37,6 +37,7 @@ def serve(config: Path | None) -> None:
     """Run the proxy until Ctrl-C or SIGTERM."""
     settings = _load(config)
     from mlflow_proxy import server
+    from mlflow_proxy.exposure import exposures
 
     scheme = "https" if settings.server.tls_certificate else "http"
     host = f"[{settings.server.host}]" if ":" in settings.server.host else settings.server.host
@@ -46,8 +47,8 @@ def serve(config: Path | None) -> None:
         f"{settings.server.workers} workers, targets: {targets}",
         err=True,
     )
-    if not settings.identifies and not settings.listens_on_loopback:
-        click.echo("Warning: callers are not identified; whoever reaches this address has the AWS rights.", err=True)
+    for exposure in exposures(settings):
+        click.echo(f"Warning: {exposure}", err=True)
     server.serve(settings, config)
 
 

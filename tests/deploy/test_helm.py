@@ -1138,6 +1138,24 @@ def test_notes_are_as_shown(helm: Helm) -> None:
     assert done.stdout.split("NOTES:\n", 1)[1].startswith(shown)
 
 
+@pytest.mark.parametrize(
+    ("values", "encrypted"),
+    [
+        ({}, False),
+        ({"tls": {"existingSecret": "mlflow-proxy-tls"}}, True),
+        ({"config": {"server": {"public_url": "https://mlflow.example.com"}}}, True),
+        ({"config": {"server": {"public_url": "http://mlflow.example.com"}}}, False),
+        ({"config": {"server": {"trusted_proxies": ["10.1.0.0/16"]}}}, True),
+        (INGRESS, True),
+    ],
+)
+def test_notes_tell_what_travels_unencrypted(helm: Helm, values: dict[str, Any], encrypted: bool) -> None:
+    command = ["install", "mlflow-proxy", str(CHART), "--dry-run=client"]
+    done = helm.run(*command, values=merged(MINIMAL, values))
+    assert done.returncode == 0, done.stderr
+    assert ("travel unencrypted" in done.stdout) is not encrypted
+
+
 @pytest.fixture(scope="session")
 def tools(helms: dict[str, Helm], tmp_path_factory: pytest.TempPathFactory) -> str:
     """A PATH with helm, the proxy's command, and a kubectl that needs no cluster: it prints what it would make."""

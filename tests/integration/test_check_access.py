@@ -52,6 +52,17 @@ def mark(output: str, step: str) -> str:
     return found[1]
 
 
+def test_keys_over_plain_http(tmp_path: Path, sagemaker: LocalSageMaker) -> None:
+    """It works, and is worth a look."""
+    server = '[server]\nhost = "0.0.0.0"\n'
+    access = f'[access]\nkeys_file = "{keys_file(tmp_path, "writer")}"\n'
+    roles = '[[roles]]\nname = "writer"\ntargets = ["*"]\nallow = ["*"]\n'
+    code, output = checked(tmp_path, sagemaker, server + access + roles)
+    assert code == 0, output
+    assert mark(output, "exposure") == "?"
+    assert "server.trusted_proxies" in output
+
+
 def test_all_is_well(tmp_path: Path, sagemaker: LocalSageMaker, oidc: MockProvider, redis: RedisServer) -> None:
     code, output = checked(
         tmp_path,
