@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import click
 import pytest
@@ -39,6 +39,7 @@ from mlflow_proxy.targets import Mode, default_endpoint, parse_arn, parse_endpoi
 from mlflow_proxy.telemetry.audit import AuditLog
 from mlflow_proxy.telemetry.metrics import FAMILIES, LIMITS, PREFIX, UPSTREAM_ERRORS
 from mlflow_proxy.telemetry.record import Record
+from mlflow_proxy.telemetry.resources import NotLookedInto
 from mlflow_proxy.transform import canonical_path, canonical_query
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -432,6 +433,7 @@ def test_audit_events_and_fields_are_those_listed(tmp_path: Path) -> None:
     for action, status in (("DeleteRun", 200), ("DeleteRun", 403), ("CreatePresignedMlflowAppUrl", 200)):
         record = Record("POST", "id")
         record.writes, record.action, record.status, record.error = True, action, status, "why"
+        record.not_looked_into = "opaque"
         log.request(record)
     log.close()
     config = tmp_path / "proxy.toml"
@@ -448,6 +450,8 @@ def test_audit_events_and_fields_are_those_listed(tmp_path: Path) -> None:
     assert {line["event"] for line in lines} | rest == set(events)
     source = (SOURCE / "portal/signin.py").read_text("utf-8") + (SOURCE / "telemetry/audit.py").read_text("utf-8")
     assert all(f'"{event}"' in source or f"'{event}'" in source for event in rest)
+    reasons = {name for row in rows(section("docs/audit.md", "## What is not looked into")) for name in code(row[0])}
+    assert reasons == {*get_args(NotLookedInto)} - {""}
 
 
 # The protocol

@@ -14,6 +14,7 @@ from mlflow_proxy.access.policy import UNKNOWN_PREFIX, Decision, Policy
 from mlflow_proxy.bodies import Bodies, Receive
 from mlflow_proxy.deadlines import Deadlines
 from mlflow_proxy.errors import Refusal
+from mlflow_proxy.json_bounds import LARGEST_ON_LOOP
 from mlflow_proxy.limits import OWN_PAGES, Limits
 from mlflow_proxy.relay import Send, downstream_headers, relay, send_whole
 from mlflow_proxy.requests import Request, refuse_foreign
@@ -22,9 +23,6 @@ from mlflow_proxy.sending import Answer, Sender
 from mlflow_proxy.signing import NO_PAYLOAD, Payload
 from mlflow_proxy.telemetry.record import Record
 from mlflow_proxy.telemetry.resources import resources_of
-
-# Bodies from this size on are hashed and parsed in a thread, lest all other requests wait for it.
-_LARGE = 1 << 20
 
 
 class Forwarder:
@@ -151,14 +149,15 @@ class Forwarder:
     async def _prepared(self, request: Request, path: str, action: Action, data: bytes, record: Record) -> Payload:
         """The body as it is signed; of one that changes something, the audit log gets what it is about."""
         template = action.template if self._audited and record.writes else ""
-        if len(data) >= _LARGE:
+        if len(data) > LARGEST_ON_LOOP:
             return await asyncio.to_thread(_prepare, request, path, template, data, record)
         return _prepare(request, path, template, data, record)
 
 
 def _prepare(request: Request, path: str, template: str, data: bytes, record: Record) -> Payload:
     if template:
-        record.resources = resources_of(template, path, request.query, data)
+        resources = resources_of(template, path, request.query, data, request.headers)
+        record.resources, record.not_looked_into = resources, resources.not_looked_into
     return Payload.of(data)
 
 

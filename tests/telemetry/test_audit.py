@@ -126,6 +126,12 @@ def test_the_reason_of_a_denial(tmp_path: Path) -> None:
     assert "reason" not in audited(tmp_path / "other", record_of())[0]
 
 
+def test_what_was_not_looked_into_is_said(tmp_path: Path) -> None:
+    read, unread = audited(tmp_path / "audit", record_of(), record_of(resources={}, not_looked_into="too-large"))
+    assert "not_looked_into" not in read
+    assert (unread["resources"], unread["not_looked_into"]) == ({}, "too-large")
+
+
 def test_without_resources_there_is_an_empty_object(tmp_path: Path) -> None:
     assert audited(tmp_path / "audit", record_of(resources=None))[0]["resources"] == {}
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import tracemalloc
 from collections.abc import Iterator
 from typing import Any
-from urllib.parse import quote, urlencode
+from urllib.parse import quote, unquote, urlencode
 
 import flask
 import pytest
@@ -23,12 +24,14 @@ from mlflow_proxy.telemetry.resources import Resources, resources_of
 
 DELETE_RUN = "/api/2.0/mlflow/runs/delete"
 APP = flask.Flask("oracle")
+Pairs = tuple[tuple[bytes, bytes], ...]
 
 
-def of(body: bytes | dict[str, Any], template: str = DELETE_RUN, path: str = "", query: str = "") -> Resources:
-    return resources_of(
-        template, path or template, query, body if isinstance(body, bytes) else json.dumps(body).encode()
-    )
+def of(
+    body: bytes | dict[str, Any], template: str = DELETE_RUN, path: str = "", query: str = "", headers: Pairs = ()
+) -> Resources:
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return resources_of(template, path or template, query, data, headers)
 
 
 def values(found: Resources, name: str) -> list[str]:
@@ -91,9 +94,29 @@ def test_what_is_named_twice_is_recorded_twice() -> None:
     assert of({"run_id": "same"}, query="run_id=same&run_uuid=same") == {"run_id": "same"}
 
 
-@pytest.mark.parametrize("prefix", ["/api/2.0/mlflow-artifacts/artifacts/{artifact_path}", "/gateway/x/invocations"])
+@pytest.mark.parametrize(
+    "prefix",
+    ["/api/2.0/mlflow-artifacts/artifacts/{artifact_path}", "/gateway/x/invocations", "/v1/traces", "/graphql"],
+)
 def test_files_and_messages_are_not_looked_into(prefix: str) -> None:
-    assert "run_id" not in of({"run_id": "in a file"}, prefix, prefix)
+    found = of({"run_id": "in a file"}, prefix, prefix)
+    assert "run_id" not in found
+    assert found.not_looked_into == "opaque"
+    assert of(b"", prefix, prefix).not_looked_into == ""
+
+
+def test_headers_that_name_something() -> None:
+    headers = ((b"x-mlflow-experiment-id", b"7"), (b"accept", b"*/*"), (b"x-mlflow-workspace", b"team"))
+    assert of(b"\x0a\x00", "/v1/traces", headers=headers) == {"experiment_id": "7", "workspace": "team"}
+    assert of({"experiment_id": "8"}, headers=headers[:1]) == {"experiment_id": ["8", "7"]}
+    assert of(b"", headers=((b"x-mlflow-workspace", b"w" * 300),)) == {"workspace": "w" * 256 + "…"}
+
+
+@pytest.mark.parametrize(("coding", "why"), [(b"gzip", "encoded"), (b"identity", ""), (b"", "")])
+def test_a_compressed_body_is_not_looked_into(coding: bytes, why: str) -> None:
+    found = of({"run_id": "r"}, query="name=n", headers=((b"content-encoding", coding),))
+    assert found.not_looked_into == why
+    assert found == ({"name": "n"} if why else {"run_id": "r", "name": "n"})
 
 
 def test_an_uploaded_file_is_known_by_its_query() -> None:
@@ -117,6 +140,94 @@ def test_many_values_in_other_ways_are_cut_too() -> None:
     found = of({"models": [{"model_id": f"m{number}"} for number in range(150)]})
     assert found["model_id"] == [f"m{number}" for number in range(100)]
     assert found["models"] == "+50"
+
+
+def test_no_part_of_a_request_crowds_out_another() -> None:
+    """However many decoys stand in one, what MLflow goes by in another is there."""
+    decoys = [f"d{number}" for number in range(300)]
+    query = urlencode([("run_id", decoy) for decoy in decoys])
+    assert "real" in values(of({"run_id": "real"}, query=query), "run_id")
+    assert "real" in values(of({"run_id": decoys}, query="run_id=real"), "run_id")
+    template = "/api/3.0/mlflow/traces/{trace_id}"
+    assert "real" in values(of({"trace_id": decoys}, template, "/api/3.0/mlflow/traces/real", query), "trace_id")
+
+
+def test_a_path_of_any_length_with_slashes_is_taken_apart() -> None:
+    template = "/api/3.0/mlflow/mcp-servers/{name}/versions/{version}/tags/{key}"
+    name = "/versions/a" * 1000 + "%2F/tags/b"
+    found = of(b"", template, f"/api/3.0/mlflow/mcp-servers/{name[1:]}/versions/1/tags/k")
+    assert found == {"name": unquote(name[1:257]) + "…", "version": "1", "key": "k"}
+
+
+pieces = st.sampled_from(["/", "a", "/versions/", "/tags/", "b%2Fc", "/tags", "versions/"])
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(pieces, max_size=9).map("".join),
+    st.sampled_from(["/{version}", "/{version}/tags", "/{version}/tags/{key}"]),
+)
+@example("a/versions/b/versions//tags/x", "/{version}/tags/{key}")
+def test_the_first_of_parameters_with_slashes_takes_as_much_as_it_can(middle: str, rest: str) -> None:
+    """As a regular expression has it, whose time may be the square of the length."""
+    template = f"/api/3.0/mlflow/mcp-servers/{{name}}/versions{rest}"
+    path = f"/api/3.0/mlflow/mcp-servers/{middle}"
+    plain, greedy = (re.sub(r"\{(\w+)\}", rf"(?P<\1>{value})", template) for value in ("[^/]+", ".+"))
+    match = re.fullmatch(plain, path) or re.fullmatch(greedy, path.replace("%2F", "/"))
+    assert of(b"", template, path) == (
+        {key: unquote(value) for key, value in match.groupdict().items()} if match else {}
+    )
+
+
+# What it may cost
+
+_IDS = b",".join(b'{"run_id": "%032x"}' % number for number in range(20_000))
+_NESTED: Any = [{"run_id": str(number)} for number in range(95)]
+for _level in range(2):
+    _NESTED = [{"models": _NESTED}] * 5
+
+COSTLY = [
+    (b'{"run_id": "r", "x": "' + b"x" * (1 << 20) + b'"}', "too-large"),
+    (b'{"run_id": "r", "run_ids": [' + b"[]," * 300_000 + b"0]}", "too-many-elements"),
+    (b'{"run_id": "r", "run_ids": [' + b'{"":0},' * 100_000 + b"0]}", "too-many-elements"),
+    (b'{"run_id": "r", "models": [' + _IDS + b"]}", "too-many-elements"),
+    (b'{"run_id": "r", "run_ids": ' + b"[" * 500_000 + b"]" * 500_000 + b"}", "too-many-elements"),
+    (b'{"run_id": "r", "run_ids": [' + b",".join([b"9" * 4300] * 200) + b"]}", "too-large"),
+    (b'{"run_id": "\\ud800", "x": [' + b"[]," * 300_000 + b"0]}", "too-many-elements"),
+    (b'{"\xed\xa0\x80": 1, "run_id": "r", "x": [' + b"[]," * 300_000 + b"0]}", "too-many-elements"),
+    (json.dumps({"run_id": "r", "x": [[]] * 120_000}).encode("utf-16"), "too-many-elements"),
+    (json.dumps(json.dumps({"run_id": "r", "x": [[]] * 200_000})).encode(), "too-many-elements"),
+    (b'"{\\"run_ids\\": [' + b"\\u005b\\u005d\\u002c" * 50_000 + b'0]}"', "too-many-elements"),
+    (json.dumps(json.dumps({"run_ids": [int("9" * 4000)] * 100})).encode("utf-16-le"), "too-large"),
+    (b'{"run_id": "r", ' + b",".join(b'"%x": 0' % number for number in range(90_000)) + b"}", ""),
+    (b'{"run_id": "r", "metrics": [' + b",".join([b'{"key": "loss", "value": 0.5}'] * 30_000) + b"]}", ""),
+    (b'{"run_id": "r", "x": ' + b"[" * 5_000 + b"]" * 5_000 + b"}", "too-deep"),
+    (json.dumps({"run_id": "r", "models": _NESTED}).encode(), ""),
+    (b"\x0a\x05hello", "not-json"),
+    (b'{"run_id": "r"', "not-json"),
+]
+
+
+@pytest.mark.parametrize(("body", "why"), COSTLY, ids=range(len(COSTLY)))
+def test_what_a_body_costs_is_bounded_and_what_is_left_out_is_said(body: bytes, why: str) -> None:
+    """A body that is not read is never recorded as one that names nothing. Its own size is not counted here."""
+    tracemalloc.start()
+    try:
+        found = of(body)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert found.not_looked_into == why
+    assert found or why
+    assert peak < 8 << 20
+
+
+def test_too_deep_is_also_what_stands_deeper_than_mlflow_has_it() -> None:
+    inside: dict[str, Any] = {"trace_id": "hidden"}
+    for _ in range(5):
+        inside = {"trace": inside}
+    found = of(inside)
+    assert (found, found.not_looked_into) == ({}, "too-deep")
 
 
 @pytest.mark.parametrize(

@@ -259,11 +259,12 @@ def _request_line(event: str, record: Record) -> str:
     Request ids and names of targets are judged before; all other texts may hold anything.
     """
     resources = json.dumps(record.resources) if record.resources else "{}"
+    more = f', "not_looked_into": "{record.not_looked_into}"' if record.not_looked_into else ""
     reason = f', "reason": {json.dumps(cut_error(record.error))}' if record.error else ""
     return (
         f'{{"time": "{timestamp()}", "audit": {VERSION}, "event": "{event}", "request_id": "{record.request_id}", '
         f'"caller": {quoted(record.caller)}, "way": {quoted(record.way)}, "credential": {quoted(record.credential)}, '
         f'"client": {quoted(record.caller_address)}, "role": {quoted(record.role)}, "target": "{record.target}", '
         f'"action": {quoted(cut(record.action))}, "method": {quoted(record.method)}, "route": {quoted(record.route)}, '
-        f'"status": {record.status}, "resources": {resources}{reason}}}'
+        f'"status": {record.status}, "resources": {resources}{more}{reason}}}'
     )

@@ -15,11 +15,9 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, TextIO
-
-from mlflow_proxy.telemetry.resources import Resources
 
 if TYPE_CHECKING:  # at run time only where traces are on
     from mlflow_proxy.telemetry.tracing import RequestTrace
@@ -48,7 +46,8 @@ class Record:
 
     `caller` is the subject, `way` how it was identified and `credential` the public id of what was shown. `route` is
     the template of MLflow's rule, `action` its name for roles, and `writes` says whether it may change something; then
-    `resources` are the identifiers that it named, for the audit log. `limit` is what a limit had to say: nothing,
+    `resources` are the identifiers that it named, for the audit log, and `not_looked_into` says why there may be more.
+    `limit` is what a limit had to say: nothing,
     `waited 120 ms`, or which one refused (`caller rate`, `queue full`, …). `upstream_error` is the kind of failure
     between proxy and service, one of `metrics.UPSTREAM_ERRORS`; `throttled`: the service refused an attempt for now.
     `set_cookie` is a header that the answer is to carry, and `trace` the request's spans, if traces are on.
@@ -64,6 +63,7 @@ class Record:
         "error",
         "limit",
         "method",
+        "not_looked_into",
         "request_id",
         "resources",
         "retries",
@@ -95,7 +95,8 @@ class Record:
         self.action = ""
         self.route = ""
         self.writes = False
-        self.resources: Resources | None = None
+        self.resources: Mapping[str, str | list[str]] | None = None
+        self.not_looked_into = ""
         self.status = 0
         self.bytes_in = 0
         self.bytes_out = 0
