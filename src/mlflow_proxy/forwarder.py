@@ -73,7 +73,7 @@ class Forwarder:
         record.bytes_in = len(data)
         try:
             if decision is None:
-                decision = self._by_body(caller, target, request, data, record)
+                decision = await self._by_body(caller, target, request, data, record)
                 record.role = decision.role
                 await _settled(self._limits.check_role(record.role or None))
             if decision.session is not None:  # a wait for STS must hold no place
@@ -139,9 +139,13 @@ class Forwarder:
             sent=record.add_bytes_out,
         )
 
-    def _by_body(self, caller: Caller, target: str, request: Request, data: bytes, record: Record) -> Decision:
+    async def _by_body(self, caller: Caller, target: str, request: Request, data: bytes, record: Record) -> Decision:
         """GraphQL may ask for many things at once: one role must allow them all, and signs."""
-        names = graphql.actions_of(request.method, request.content_type, request.query, data)
+        asked = (request.method, request.content_type, request.query, data)
+        if len(data) > LARGEST_ON_LOOP:
+            names = await asyncio.to_thread(graphql.actions_of, *asked)
+        else:
+            names = graphql.actions_of(*asked)
         record.action = " ".join(names)
         record.writes = any(name.startswith(UNKNOWN_PREFIX) for name in names)
         return self._policy.decide(caller, target, *names)

@@ -784,6 +784,23 @@ def test_graphql_by_the_back_door(at: Site, method: str, control: Control) -> No
     assert arrived(control) == [("tracking", "POST", "/graphql")] * 2
 
 
+def test_graphql_within_mlflows_own_bounds(at: Site, sagemaker: LocalSageMaker) -> None:
+    """Ten runs with a hundred fields each reach MLflow; what it would refuse for its size is refused here."""
+    run = make_run(sagemaker, "tracking")
+
+    def compare(number: int, fields: int) -> Answer:
+        asked = f"run {{ info {{ runId {'status ' * (fields - 4)} }} }}"
+        roots = " ".join(f'r{at}: mlflowGetRun(input: {{runId: "{run}"}}) {{ {asked} }}' for at in range(number))
+        return at.trusted.post("/graphql", at.key("reader"), {"query": f"query Compare {{ {roots} }}"})
+
+    answered = compare(10, 100)
+    assert (answered.status, answered.json["errors"]) == (200, None)
+    assert [root["run"]["info"]["runId"] for root in answered.json["data"].values()] == [run] * 10
+    refused = compare(11, 10)
+    assert refused.status == 400
+    assert "10 root fields" in refused.json["message"]
+
+
 # What strangers and guests learn
 
 
