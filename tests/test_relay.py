@@ -16,6 +16,7 @@ from mlflow_proxy.relay import (
     Headers,
     Send,
     downstream_headers,
+    protected,
     relay,
     rewrite_location,
     send_whole,
@@ -193,6 +194,29 @@ def test_locations_are_rewritten_in_both_headers() -> None:
         (b"content-location", b"/t/dev/b"),
         (b"x-location", url),
     ]
+
+
+TYPED, FRAMED = (b"x-content-type-options", b"nosniff"), (b"x-frame-options", b"SAMEORIGIN")
+
+
+@pytest.mark.parametrize(
+    ("sent", "added"),
+    [
+        ([], [TYPED, FRAMED]),
+        ([TYPED], [FRAMED]),
+        ([FRAMED], [TYPED]),
+        ([(b"x-frame-options", b"DENY"), TYPED], []),
+        ([(b"content-security-policy", b"default-src 'self'; Frame-Ancestors https://a.example")], [TYPED]),
+        ([(b"content-security-policy", b"default-src 'self'")], [TYPED, FRAMED]),
+    ],
+)
+def test_what_browsers_are_told_is_added_where_it_is_missing(sent: Headers, added: Headers) -> None:
+    headers = [(b"content-type", b"text/html"), *sent]
+    assert protected(headers, "/") == [*headers, *added]
+
+
+def test_what_mlflow_means_for_frames_may_be_framed() -> None:
+    assert protected([], "/static-files/lib/notebook-trace-renderer/index.html") == [TYPED]
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,10 @@ from http import HTTPStatus
 
 Headers = list[tuple[bytes, bytes]]
 
+# In answers of the proxy's own: no browser guesses another type, nor shows it in a frame.
+NO_SNIFFING = (b"x-content-type-options", b"nosniff")
+NO_FRAMES = (b"x-frame-options", b"DENY")
+
 # HTTP status → error code of MLflow's protocol (mlflow.protos.databricks_pb2.ErrorCode).
 _CODES = {
     400: "BAD_REQUEST",

@@ -16,7 +16,7 @@ from mlflow_proxy.deadlines import Deadlines
 from mlflow_proxy.errors import Refusal
 from mlflow_proxy.json_bounds import LARGEST_ON_LOOP
 from mlflow_proxy.limits import OWN_PAGES, Limits
-from mlflow_proxy.relay import Send, downstream_headers, relay, send_whole
+from mlflow_proxy.relay import Send, downstream_headers, protected, relay, send_whole
 from mlflow_proxy.requests import Request, refuse_foreign
 from mlflow_proxy.routing import Route, Routes
 from mlflow_proxy.sending import Answer, Sender
@@ -119,7 +119,7 @@ class Forwarder:
     async def _relay(self, answer: Answer, route: Route, send: Send, record: Record) -> None:
         if answer.error is not None:
             raise answer.error.refusal()
-        headers = downstream_headers(answer.headers, route.target.endpoint, route.prefix)
+        headers = protected(downstream_headers(answer.headers, route.target.endpoint, route.prefix), route.path)
         headers.append((b"x-request-id", record.request_id.encode("ascii")))
         if record.set_cookie is not None:  # what a shared cache keeps must not have one person's cookie
             headers = [pair for pair in headers if pair[0] != b"cache-control"]
@@ -148,6 +148,7 @@ class Forwarder:
             names = graphql.actions_of(*asked)
         record.action = " ".join(names)
         record.writes = any(name.startswith(UNKNOWN_PREFIX) for name in names)
+        refuse_foreign(request, writes=record.writes)
         return self._policy.decide(caller, target, *names)
 
     async def _prepared(self, request: Request, path: str, action: Action, data: bytes, record: Record) -> Payload:

@@ -26,7 +26,7 @@ from mlflow_proxy.access.session import Sessions
 from mlflow_proxy.aws.credentials import CredentialStore
 from mlflow_proxy.bodies import Bodies, CallerGone, Receive
 from mlflow_proxy.deadlines import Deadlines, Timeout
-from mlflow_proxy.errors import Refusal
+from mlflow_proxy.errors import NO_FRAMES, NO_SNIFFING, Refusal
 from mlflow_proxy.forwarder import Forwarder
 from mlflow_proxy.http1 import UpstreamError
 from mlflow_proxy.limits import OWN_PAGES, Limits
@@ -347,6 +347,7 @@ async def _refuse(send: Send, refusal: Refusal, record: Record) -> None:
     if record.status:  # an answer has begun
         return
     status, headers, body = refusal.answer(record.request_id)
+    headers += (NO_SNIFFING, NO_FRAMES)
     record.status = status
     record.add_bytes_out(len(body))
     await send({"type": "http.response.start", "status": status, "headers": headers})
@@ -358,6 +359,8 @@ async def _answer_health(send: Send) -> None:
         (b"content-type", b"application/json"),
         (b"content-length", b"%d" % len(_HEALTH)),
         (b"cache-control", b"no-store"),
+        NO_SNIFFING,
+        NO_FRAMES,
     ]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     await send({"type": "http.response.body", "body": _HEALTH})

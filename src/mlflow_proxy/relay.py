@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 from mlflow_proxy.deadlines import Deadlines, Timeout
+from mlflow_proxy.errors import NO_SNIFFING
 from mlflow_proxy.http1 import Connection
 from mlflow_proxy.targets import Endpoint
 
@@ -49,6 +50,10 @@ _SLASHES = "/\\\t\r\n "
 # What Connection most often holds, which names no header of the answer.
 _NO_NAMES = frozenset({b"keep-alive", b"close"})
 _LOCATIONS = frozenset({b"location", b"content-location"})
+_TYPE_OPTIONS, _FRAME_OPTIONS, _POLICY = b"x-content-type-options", b"x-frame-options", b"content-security-policy"
+_OWN_FRAMES = (_FRAME_OPTIONS, b"SAMEORIGIN")  # MLflow's default: its UI shows artifacts in frames
+# MLflow leaves the header out here, since notebooks show traces in a frame (mlflow/server/security.py).
+_MEANT_FOR_FRAMES = "/static-files/lib/notebook-trace-renderer/"
 _UPSTREAM_IDS = (b"x-amzn-requestid", b"x-amz-request-id")
 _ABSOLUTE = re.compile(r"(?:(https?):)?//([^/?#]*)([^#]*(?:#.*)?)", re.IGNORECASE | re.DOTALL)
 
@@ -68,6 +73,23 @@ def downstream_headers(headers: Headers, endpoint: Endpoint, prefix: str) -> Hea
     if named and not named <= _NO_NAMES:
         kept = [pair for pair in kept if pair[0] not in named]
     return kept
+
+
+def protected(headers: Headers, path: str) -> Headers:
+    """The same headers, with those by which browsers neither guess types nor let pages of other sites frame this one.
+
+    Newer MLflows send both; what is there stays as it is. `path` is MLflow's.
+    """
+    typed = framed = False
+    for name, value in headers:
+        if name == _TYPE_OPTIONS:
+            typed = True
+        elif name == _FRAME_OPTIONS or (name == _POLICY and b"frame-ancestors" in value.lower()):
+            framed = True
+    added = [] if typed else [NO_SNIFFING]
+    if not framed and not path.startswith(_MEANT_FOR_FRAMES):
+        added.append(_OWN_FRAMES)
+    return [*headers, *added]
 
 
 @lru_cache(maxsize=512)

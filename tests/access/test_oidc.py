@@ -374,8 +374,20 @@ class TestTokens:
             both = [CLIENT, "other"]
             good = issuer.token(aud=both, azp=CLIENT, nonce="n")
             assert (await verifier.claims(good, audience=CLIENT, nonce="n"))["sub"] == "alice"
-            with pytest.raises(Unauthenticated, match="azp"):
-                await verifier.claims(issuer.token(aud=both, azp="other", nonce="n"), audience=CLIENT, nonce="n")
+            cases: list[tuple[Any, dict[str, Any]]] = [
+                (both, {"azp": "other"}),
+                (CLIENT, {"azp": "other"}),
+                (both, {"azp": [CLIENT]}),
+                (both, {}),
+                ([CLIENT, 1], {}),
+            ]
+            for aud, more in cases:
+                with pytest.raises(Unauthenticated, match="azp"):
+                    await verifier.claims(issuer.token(aud=aud, nonce="n", **more), audience=CLIENT, nonce="n")
+            for alone in ([CLIENT], [CLIENT, CLIENT]):
+                await verifier.claims(issuer.token(aud=alone, nonce="n"), audience=CLIENT, nonce="n")
+            caller = verifier.identify(issuer.token(aud=both))  # an access token, by any client
+            assert isinstance(caller, Caller)
 
         run(options(issuer), test)
 

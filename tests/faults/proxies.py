@@ -103,14 +103,21 @@ class Proxy:
 
     def log_line(self, request_id: str, seconds: float = 10.0) -> dict[str, Any]:
         """What the proxy logged about a request."""
+        return self._line(self.stdout, f'"{request_id}"', seconds)
+
+    def audit_line(self, request_id: str, seconds: float = 10.0) -> dict[str, Any]:
+        """What the audit log, on standard error, has about a request."""
+        return self._line(self.stderr, f'"request_id": "{request_id}"', seconds)
+
+    def _line(self, file: Path, mark: str, seconds: float) -> dict[str, Any]:
         end = time.monotonic() + seconds
         while True:
-            for line in self.stdout.read_text().splitlines():
-                if f'"{request_id}"' in line:
+            for line in file.read_text().splitlines():
+                if mark in line:
                     fields = json.loads(line)
                     assert isinstance(fields, dict)
                     return fields
-            assert time.monotonic() < end, f"no log line for {request_id}"
+            assert time.monotonic() < end, f"no line with {mark}"
             time.sleep(0.05)
 
     def stop(self, seconds: float = 20.0) -> int:

@@ -63,7 +63,7 @@ ASKS = {
     "write": Ask("POST", f"{_V2}/experiments/set-experiment-tag", "SetExperimentTag", _TAG, event="write"),
     "delete": Ask("POST", f"{_V2}/runs/delete", "DeleteRun", {"run_id": "$other"}, event="write"),
     "page": Ask("GET", "/", "AccessUI"),
-    "unknown": Ask("GET", f"{_V2}/matrix", f"Unknown:GET {_V2}/matrix", status=404),
+    "unknown": Ask("GET", f"{_V2}/matrix", f"Unknown:GET {_V2}/matrix", status=404, event="write"),
     "unknown write": Ask("POST", f"{_V2}/matrix", f"Unknown:POST {_V2}/matrix", {}, status=404, event="write"),
     "graphql": Ask("POST", "/graphql", "GetExperiment", _EXPERIMENT),
     "graphql versions": Ask("POST", "/graphql", "SearchModelVersions", _VERSIONS),

@@ -3,7 +3,8 @@
 Names are those of AWS's IAM actions (`sagemaker-mlflow:GetRun` is `GetRun` here). Routes that AWS has no action for are
 named after their path. A name beginning with Get, List, Search or Access only ever reads: nothing so named changes
 anything, spends anything, reaches another host for its caller, or tells what works as a credential. Every other name
-counts as a write. What is not in the table is `Unknown:<METHOD> <path>`, which a role has to allow in so many words.
+counts as a write. What is not in the table is `Unknown:<METHOD> <path>`: a write by any method, which a role must allow
+explicitly.
 
 MLflow decodes a path once and matches it exactly, case and trailing slash included (Werkzeug and Starlette both do, on
 the routes that MLflow has). So does this module. Where servers could differ over a path, it is unknown. Permissions are
@@ -368,7 +369,7 @@ def action_of(method: str, path: str) -> Action:
     if found is not None:
         return found
     return _with_parameters(method, path) or Action(
-        f"Unknown:{method} {path[:_UNKNOWN_LENGTH]}", "unknown", method not in ("GET", "HEAD"), False
+        f"Unknown:{method} {path[:_UNKNOWN_LENGTH]}", "unknown", writes=True, by_body=False
     )
 
 

@@ -16,7 +16,7 @@ from mlflow_proxy.access.oidc import TokenVerifier
 from mlflow_proxy.access.policy import Policy
 from mlflow_proxy.access.session import Sessions
 from mlflow_proxy.aws.credentials import CredentialStore
-from mlflow_proxy.errors import Refusal
+from mlflow_proxy.errors import NO_FRAMES, NO_SNIFFING, Refusal
 from mlflow_proxy.portal import pages, ui
 from mlflow_proxy.portal.places import DEADLINE, MOST_WAITING, Places
 from mlflow_proxy.readiness import Readiness
@@ -98,7 +98,8 @@ def _flask(portal: Portal) -> Flask:
     @app.after_request
     def _protect(response: Response) -> Response:
         response.headers.setdefault("cache-control", "no-store")
-        response.headers["x-content-type-options"] = "nosniff"
+        for name, value in (NO_SNIFFING, NO_FRAMES):
+            response.headers[name.decode()] = value.decode()
         response.headers["referrer-policy"] = "no-referrer"
         response.headers["content-security-policy"] = (
             "default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
