@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import sys
 import threading
 import time
 from collections.abc import Awaitable, Iterable
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlflow_proxy import __version__, configuration
+from mlflow_proxy import __version__
 from mlflow_proxy.access.caller import Caller
 from mlflow_proxy.access.identity import Identity, build_ways, forwarded_identity
 from mlflow_proxy.access.own_pages import LINKS, OwnPage, own_page
@@ -37,7 +35,7 @@ from mlflow_proxy.requests import Request, RequestIds, RequestReader, Scope, is_
 from mlflow_proxy.routing import OWN_PREFIX, Routes
 from mlflow_proxy.runtime import Runtime
 from mlflow_proxy.sending import Sender
-from mlflow_proxy.settings import CONFIG_VARIABLE, Settings
+from mlflow_proxy.settings import Settings
 from mlflow_proxy.targets import Target
 from mlflow_proxy.telemetry.audit import AuditLog
 from mlflow_proxy.telemetry.metrics import Metrics, State
@@ -51,6 +49,8 @@ logger = logging.getLogger(__name__)
 
 # Whether this process's application has started: what ends it before need not wait for anybody.
 serving = threading.Event()
+
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 _HEALTH_PATH = b"/-/health"
 _HEALTH = b'{"status": "ok"}\n'
@@ -256,7 +256,7 @@ class Gateway:
         self._limits = Limits(settings, self._deadlines)
         self._policy = Policy(settings.roles, targets)
         sessions = _sessions(settings, self._runtime) if settings.oidc.client_id else None
-        ways = build_ways(settings, sessions)
+        ways = build_ways(settings, sessions, self._runtime.keys)
         self._identity = Identity(
             ways,
             self._limits,
@@ -366,20 +366,8 @@ async def _answer_health(send: Send) -> None:
     await send({"type": "http.response.body", "body": _HEALTH})
 
 
-def create_app(runtime: Runtime, last_good: Settings) -> Gateway:
-    """The application of one worker process, by the configuration as it stands now.
-
-    A configuration that has mistakes meanwhile must not end the service when a worker is replaced: then `last_good`
-    is taken, and the mistakes are logged.
-    """
-    path = os.environ.get(CONFIG_VARIABLE)
-    mistakes: list[str] = []
-    try:
-        config = configuration.load(Path(path) if path else None)
-    except configuration.SettingsError as error:
-        config, mistakes = last_good, error.problems
-    logging.basicConfig(level=config.log.level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+def create_app(settings: Settings, runtime: Runtime) -> Gateway:
+    """The application of one worker process, by the configuration that the main process accepted last."""
+    logging.basicConfig(level=settings.log.level.upper(), format=LOG_FORMAT, force=True)
     logger.debug("mlflow-proxy %s starts", __version__)
-    for mistake in mistakes:
-        logger.error("the configuration has a mistake, so the one from start-up stays in force: %s", mistake)
-    return Gateway(config, runtime)
+    return Gateway(settings, runtime)

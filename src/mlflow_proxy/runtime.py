@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mlflow_proxy.settings import Oidc
-
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
@@ -30,16 +28,25 @@ class Runtime:
         """The sessions that were signed out of before their time."""
         return self.folder / "signed-out"
 
+    @property
+    def keys(self) -> Path:
+        """Where workers keep the API keys that they read last, as digests."""
+        return self.folder / "keys"
+
+    @property
+    def files(self) -> Path:
+        """Copies of certificates that the configuration names, as they were when it was judged."""
+        return self.folder / "files"
+
 
 @contextmanager
-def prepared(oidc: Oidc) -> Iterator[Runtime]:
-    """A runtime of this process's own. Its folder only its user can read."""
-    secret_file = oidc.session_secret_file
-    secret = secret_file.read_bytes() if secret_file is not None else secrets.token_bytes(32)
+def prepared() -> Iterator[Runtime]:
+    """A runtime of this process's own, with a random session secret. Its folder only its user can read."""
     folder = Path(tempfile.mkdtemp(prefix="mlflow-proxy-"))
     try:
-        runtime = Runtime(folder, secret)
-        runtime.metrics.mkdir()
+        runtime = Runtime(folder, secrets.token_bytes(32))
+        for path in (runtime.metrics, runtime.keys, runtime.files):
+            path.mkdir()
         yield runtime
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import random
 import resource
@@ -19,9 +20,12 @@ from granian.constants import HTTPModes, Interfaces, Loops, RuntimeModes, SSLPro
 from granian.http import HTTP1Settings, HTTP2Settings
 from granian.log import LogLevels
 from granian.server import mp
+from granian.server.common import AbstractServer
 
 from mlflow_proxy import gateway, runtime  # workers are forked: what is imported before costs once
-from mlflow_proxy.settings import CONFIG_VARIABLE, Settings
+from mlflow_proxy.configuration import SettingsError
+from mlflow_proxy.reloads import InForce, Reloads
+from mlflow_proxy.settings import Server, Settings
 
 # Connections that the kernel holds while all workers are busy.
 _BACKLOG = 2048
@@ -35,16 +39,25 @@ _TO_STDERR = {"class": "logging.StreamHandler", "stream": "ext://sys.stderr", "f
 
 
 def serve(settings: Settings, config: Path | None) -> None:
-    """Serve until SIGINT or SIGTERM; `config` is the file that `settings` came from, read again by each worker."""
-    if config is not None:
-        os.environ[CONFIG_VARIABLE] = str(config.resolve())
-    server = settings.server
-    address = _take_address(server.host, server.port)
+    """Serve until SIGINT or SIGTERM; `config` is the file that `settings` came from, read again at SIGHUP."""
+    logging.basicConfig(level=settings.log.level.upper(), format=gateway.LOG_FORMAT)
+    address = _take_address(settings.server.host, settings.server.port)
     lose_no_stop_while_forking()
     _end_workers_that_still_start()
     trust_no_worker_to_live_that_is_gone()
     _raise_file_limit()
-    granian = Granian(
+    with address, runtime.prepared() as prepared:
+        try:
+            in_force = InForce(settings, prepared, config.resolve() if config else None)
+        except SettingsError as error:
+            raise SystemExit(f"Error: {error}") from None
+        granian = _granian(settings.server, in_force.tls)
+        granian.on_startup(Reloads(in_force).begin)
+        granian.serve(target_loader=in_force.application, wrap_loader=False)
+
+
+def _granian(server: Server, tls: Path | None) -> AbstractServer[Any]:
+    return Granian(
         "mlflow_proxy.gateway",
         address=server.host,
         port=server.port,
@@ -62,15 +75,13 @@ def serve(settings: Settings, config: Path | None) -> None:
         ),
         log_level=LogLevels.warning,
         log_dictconfig={"handlers": dict.fromkeys(("console", "access"), _TO_STDERR)},
-        ssl_cert=server.tls_certificate,
-        ssl_key=server.tls_key,
+        ssl_cert=tls,
+        ssl_key=tls,
         ssl_protocol_min=SSLProtocols.tls12,
         respawn_failed_workers=True,
         respawn_interval=1.0,
         workers_kill_timeout=int(server.drain_timeout),
     )
-    with address, runtime.prepared(settings.oidc) as prepared:
-        granian.serve(target_loader=partial(gateway.create_app, prepared, settings), wrap_loader=False)
 
 
 def _raise_file_limit() -> None:

@@ -65,7 +65,7 @@ def test_a_killed_worker_is_replaced(tmp_path: Path, upstream: Upstream) -> None
 
 def test_the_other_worker_serves_meanwhile(tmp_path: Path, upstream: Upstream) -> None:
     with running(tmp_path / "proxy", targets(upstream), server={"workers": 2}) as proxy:
-        wait_until(lambda: all(_listens(worker) for worker in proxy.workers))
+        wait_until(lambda: all(listens(worker) for worker in proxy.workers))
         os.kill(proxy.workers[0].pid, signal.SIGKILL)
         served = sum(_serves(proxy.port) for _ in range(50))
         assert served >= 45  # what the dead one had accepted is lost, nothing else
@@ -84,7 +84,7 @@ def test_a_stop_while_workers_start_is_quick(tmp_path: Path, upstream: Upstream,
 def test_ctrl_c_and_repeated_stops_end_all_at_once(tmp_path: Path, upstream: Upstream) -> None:
     """A terminal sends SIGINT to the workers, too, and the main process tells them again."""
     with running(tmp_path / "proxy", targets(upstream), server={"workers": 2}) as proxy:
-        wait_until(lambda: all(_listens(worker) for worker in proxy.workers))
+        wait_until(lambda: all(listens(worker) for worker in proxy.workers))
         family = family_of(proxy)
         for _ in range(30):
             for worker in proxy.workers:
@@ -300,7 +300,7 @@ def _has_two_without(proxy: Proxy, victim: int) -> bool:
     return len(pids) == 2 and victim not in pids
 
 
-def _listens(process: psutil.Process) -> bool:
+def listens(process: psutil.Process) -> bool:
     return any(connection.status == psutil.CONN_LISTEN for connection in process.net_connections("tcp"))
 
 

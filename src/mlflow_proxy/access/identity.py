@@ -18,6 +18,7 @@ import base64
 import binascii
 import re
 from collections.abc import Awaitable
+from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
 
@@ -54,14 +55,14 @@ class Ways(NamedTuple):
     sessions: Sessions | None = None
 
 
-def build_ways(settings: Settings, sessions: Sessions | None) -> Ways:
-    """What the configuration names. Made in the event loop that uses it."""
+def build_ways(settings: Settings, sessions: Sessions | None, kept_keys: Path | None = None) -> Ways:
+    """What the configuration names. Made in the event loop that uses it. `kept_keys`: see KeyRing."""
     access, oidc = settings.access, settings.oidc
     certificates, load_balancer = settings.certificates, settings.load_balancer
     has_keys = access.keys_file is not None or access.keys_secret is not None
     proxy = settings.upstream.proxy
     return Ways(
-        keys=KeyRing(access, settings.aws, proxy=proxy) if has_keys else None,
+        keys=KeyRing(access, settings.aws, proxy=proxy, kept=kept_keys) if has_keys else None,
         tokens=TokenVerifier(oidc, proxy=proxy) if oidc.issuer else None,
         load_balancer=LoadBalancerIdentity(load_balancer, proxy=proxy) if load_balancer.arn else None,
         certificates=CertificateIdentity(certificates) if certificates.subject_header else None,

@@ -1,7 +1,8 @@
 """Who calls, by API key: looks a shown key up among those of the keys file and the secret, and keeps both up to date.
 
 Each source is looked at again and again by a thread of its own, because files on a network share and AWS can block for
-long; a request only reads what the last look left. How keys are written is in `key_record`.
+long; a request only reads what the last look left. Keys that were good stay good until a readable source says
+otherwise. How keys are written is in `key_record`.
 """
 
 from __future__ import annotations
@@ -9,13 +10,12 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
-import math
 import random
 import secrets
 import stat
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from functools import partial
 from hashlib import sha256
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mlflow_proxy.access.caller import Caller, Unauthenticated
+from mlflow_proxy.access.kept_keys import KeptKeys
 from mlflow_proxy.access.key_record import KEY, TEXT_MAX, Key, KeysError, parse_keys, usable_lines
 from mlflow_proxy.access.key_secret import SecretMissing, fetch_secret
 from mlflow_proxy.settings import Access, Aws
@@ -31,9 +32,8 @@ from mlflow_proxy.settings import Access, Aws
 _FILE_INTERVAL = 1.0
 _START_DEADLINE = 35.0
 _FIRST_RETRY = 2.0
-# So long keys count on while their source cannot be read: what was revoked meanwhile is not known.
-_FILE_GRACE = 300.0
-_SECRET_GRACE = 3600.0
+# Between two log lines about a source that goes on failing.
+_REMIND = 60.0
 
 logger = logging.getLogger(__name__)
 
@@ -55,21 +55,25 @@ class KeyRing:
     """The keys that count now. Made, started and closed in one event loop; `identify` in any thread."""
 
     def __init__(
-        self, access: Access, aws: Aws, *, proxy: str | None = None, clock: Callable[[], float] = time.time
+        self,
+        access: Access,
+        aws: Aws,
+        *,
+        proxy: str | None = None,
+        kept: Path | None = None,
+        clock: Callable[[], float] = time.time,
     ) -> None:
+        """`kept` is the folder in which all workers keep the keys that they read last; None: each its own."""
         self._clock = clock
         self._sources: list[_Source] = []
         self._clashes: frozenset[str] = frozenset()
-        if access.keys_file is not None:
-            name = f"access.keys_file {access.keys_file}"
-            self._add(name, _FileReader(access.keys_file).read, _FILE_INTERVAL, _FILE_GRACE)
-        if access.keys_secret is not None:
-            name = f"access.keys_secret {access.keys_secret}"
-            read = _SecretReader(partial(fetch_secret, access.keys_secret, aws, proxy=proxy)).read
-            self._add(name, read, access.keys_refresh, _SECRET_GRACE)
-
-    def _add(self, name: str, read: Callable[[], bytes | None], interval: float, grace: float) -> None:
-        self._sources.append(_Source(name, read, interval, grace, clock=self._clock, changed=self._changed))
+        intervals = {"access.keys_file": _FILE_INTERVAL, "access.keys_secret": access.keys_refresh}
+        for origin in key_origins(access, aws, proxy=proxy):
+            name = f"{origin.option} {origin.place}"
+            store = None if kept is None else KeptKeys(kept, name)
+            self._sources.append(
+                _Source(name, origin.read, intervals[origin.option], changed=self._changed, kept=store)
+            )
 
     async def start(self) -> None:
         """Load the keys, then watch for changes. A source that cannot be read is logged and holds no keys, for now."""
@@ -89,18 +93,14 @@ class KeyRing:
             raise Unauthenticated("what was shown is not an API key")
         key_id = match[1]
         held = _NOBODY
-        counts_until = math.inf
         for source in self._sources:
             found = source.held.get(key_id)
             if found is not None:
-                held, counts_until = found, source.counts_until
+                held = found
                 break
         right = hmac.compare_digest(sha256(key.encode()).digest(), held.digest)
-        now = self._clock()
-        if right and now < held.valid_until:
-            if now < counts_until:
-                return held.caller
-            raise Unauthenticated(f"API key {key_id} does not count: its source could not be read for too long")
+        if right and self._clock() < held.valid_until:
+            return held.caller
         raise Unauthenticated(_refusal(key_id, held, right=right))
 
     def _changed(self) -> None:
@@ -125,7 +125,45 @@ def _refusal(key_id: str, held: _Held, *, right: bool) -> str:
     return f"API key {key_id} has {'expired' if held.key.ends is None else 'ended after its rotation'}"
 
 
-class _Missing(Exception):
+class Origin(NamedTuple):
+    """One place that keys come from: the option that names it, its value, and how it is read."""
+
+    option: str
+    place: str
+    read: Callable[[], bytes | None]  # gives None while nothing has changed
+
+
+def key_origins(access: Access, aws: Aws, *, proxy: str | None) -> Iterator[Origin]:
+    """The places that the configuration names. Reading one blocks, and raises KeysError, Missing or SecretMissing."""
+    if access.keys_file is not None:
+        yield Origin("access.keys_file", str(access.keys_file), _FileReader(access.keys_file).read)
+    if access.keys_secret is not None:
+        fetch = partial(fetch_secret, access.keys_secret, aws, proxy=proxy)
+        yield Origin("access.keys_secret", access.keys_secret, _SecretReader(fetch).read)
+
+
+def read_all_keys(access: Access, aws: Aws, *, proxy: str | None, kept: Path) -> tuple[dict[str, bytes], list[str]]:
+    """What each option's source holds now, as a digest, and what is wrong with those that cannot be used.
+
+    If nothing is, workers that start from now on have these keys even if they cannot read them. Blocks.
+    """
+    digests: dict[str, bytes] = {}
+    problems: list[str] = []
+    read: list[tuple[KeptKeys, list[Key]]] = []
+    for origin in key_origins(access, aws, proxy=proxy):
+        try:
+            text = origin.read() or b""
+            store = KeptKeys(kept, f"{origin.option} {origin.place}")
+            read.append((store, list(parse_keys(text).values())))
+            digests[origin.option] = sha256(text).digest()
+        except (KeysError, Missing, SecretMissing) as error:
+            problems.append(f"{origin.option}: {origin.place} {error}")
+    for store, keys in () if problems else read:
+        store.save(keys)
+    return digests, problems
+
+
+class Missing(Exception):
     """A source is not there, or empty: as a file is for a moment when somebody writes it anew in place."""
 
 
@@ -137,24 +175,23 @@ class _Source:
         name: str,
         read: Callable[[], bytes | None],
         interval: float,
-        grace: float,
         *,
-        clock: Callable[[], float],
         changed: Callable[[], None],
+        kept: KeptKeys | None = None,
     ) -> None:
-        self.held: Mapping[str, _Held] = {}  # replaced as a whole, so that readers need no lock
-        self.counts_until = math.inf  # by the clock; finite from the begin of a look until one has succeeded
+        self._kept = kept
+        # Replaced as a whole, so that readers need no lock.
+        self.held: Mapping[str, _Held] = {key.id: _hold(key, None) for key in kept.load()} if kept else {}
         self._name = name
         self._read = read  # gives None while nothing has changed
         self._interval = interval
-        self._grace = grace
-        self._clock = clock
         self._changed = changed
         self._stopped = threading.Event()
         self._looked: Future[None] = Future()
         self._failed = 0  # reads in a row
         self._missing = False  # at the last look
         self._complaint = ""
+        self._complained = 0.0
 
     def start(self) -> Future[None]:
         """Begin to look; the future is done after the first look."""
@@ -177,40 +214,41 @@ class _Source:
         return float(min(self._interval, retry) * random.uniform(0.9, 1.1))  # noqa: S311
 
     def _look(self) -> None:
-        if self.counts_until == math.inf:  # before the look, which may hang for ever
-            self.counts_until = self._clock() + self._grace
         try:
             text = self._read()
-            self.counts_until = math.inf
+            self._failed = 0
+            self._missing = False
             if text is not None:
                 self._take(text)
-        except (_Missing, SecretMissing) as missing:
+            elif self._complaint:  # about a text that is still the same
+                self._complain(self._complaint)
+        except (Missing, SecretMissing) as missing:
             self._failed += 1
-            self._lose(str(missing))
+            if self._missing or not self.held:
+                self._complain(str(missing))
+            self._missing = True
         except Exception as error:  # without the thread no change would ever be seen; its text may hold a secret
             self._failed += 1
             self._missing = False
             self._complain(str(error) if isinstance(error, KeysError) else f"failed with {type(error).__name__}")
-        else:
-            self._failed = 0
-            self._missing = False
-        if self.held and self._clock() >= self.counts_until:
-            self.held = {}
-            logger.error("%s: not read for %.0f s, so no key of it counts any more", self._name, self._grace)
-            self._changed()
 
     def _take(self, text: bytes) -> None:
         """Hold the keys in a new text. Raises KeysError if one of them cannot be used; then keys can only end."""
-        self._complaint = ""
+        self._complaint = ""  # which was about another text
         before = self.held
         try:
             keys = parse_keys(text)
         except KeysError:
             self._restrict(text)
             raise
-        self.held = {key.id: _hold(key, before.get(key.id)) for key in keys.values()}
+        self._hold_all({key.id: _hold(key, before.get(key.id)) for key in keys.values()})
         logger.info("%s: API keys: %d", self._name, len(self.held))
         self._changed()
+
+    def _hold_all(self, held: Mapping[str, _Held]) -> None:
+        self.held = held
+        if self._kept is not None:
+            self._kept.save(each.key for each in held.values() if each.key is not None)
 
     def _restrict(self, text: bytes) -> None:
         """Revoke and end those held keys of which a usable line of a broken text says so; all else is left."""
@@ -222,23 +260,17 @@ class _Source:
                 if restricted.valid_until < held.valid_until:
                     ended[key.id] = _hold(restricted, held)
         if ended:
-            self.held = {**self.held, **ended}
+            self._hold_all({**self.held, **ended})
             listed = ", ".join(sorted(ended))
             logger.warning("%s: lines that can be used revoke or end the API keys %s", self._name, listed)
 
-    def _lose(self, reason: str) -> None:
-        """Drop all keys if the source was missing at the last look, too."""
-        if self._missing or not self.held:
-            self.held = {}
-            self._complain(reason)
-        self._missing = True
-
     def _complain(self, reason: str) -> None:
-        """Log what is wrong, once as long as it is the same."""
-        if reason != self._complaint:
+        """Log what is wrong: at once if it is new, else once a minute."""
+        now = time.monotonic()
+        if reason != self._complaint or now - self._complained >= _REMIND:
             kept = "the keys read before still count" if self.held else "it gives no keys"
             logger.error("%s: %s; %s", self._name, reason, kept)
-            self._complaint = reason
+            self._complaint, self._complained = reason, now
 
 
 def _hold(key: Key, before: _Held | None) -> _Held:
@@ -257,7 +289,7 @@ class _FileReader:
         self._seen: tuple[int, ...] | None = None
 
     def read(self) -> bytes | None:
-        """The file's text, or None if it is as at the last look. Raises KeysError, or _Missing."""
+        """The file's text, or None if it is as at the last look. Raises KeysError, or Missing."""
         seen, self._seen = self._seen, None  # after a failure all is read again
         try:
             found = self._path.stat()
@@ -270,11 +302,11 @@ class _FileReader:
             with self._path.open("rb") as file:
                 text = file.read(TEXT_MAX)
         except (FileNotFoundError, NotADirectoryError):
-            raise _Missing("does not exist; `mlflow-proxy keys new` makes it") from None
+            raise Missing("does not exist; `mlflow-proxy keys new` makes it") from None
         except OSError as error:
             raise KeysError(f"cannot be read ({error.strerror}); let the service's user read it") from None
         if not text:
-            raise _Missing("is empty; `mlflow-proxy keys new` adds keys")
+            raise Missing("is empty; `mlflow-proxy keys new` adds keys")
         if found.st_mode & stat.S_IWOTH:
             logger.warning("%s can be changed by every user of this machine; chmod 600 it", self._path)
         self._seen = stamp

@@ -185,7 +185,7 @@ def _record_problems(data: Table) -> Iterator[str]:
 
 
 def is_installed(module: str) -> bool:
-    """Whether a module can be found. To look for a dotted name imports the packages above it, and these may lack, too."""
+    """Whether a module can be found. To look for a dotted name imports the packages above it: these may lack, too."""
     try:
         return importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode, urlsplit
 
@@ -144,13 +145,21 @@ class Provider:
         if self._oidc.client_secret_file is None:
             return None
         try:
-            secret = self._oidc.client_secret_file.read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            why = getattr(error, "strerror", None) or "not text"
-            raise _misconfigured(f"oidc.client_secret_file cannot be read: {why}") from None
-        if not secret:
-            raise _misconfigured("oidc.client_secret_file is empty")
-        return secret
+            return read_client_secret(self._oidc.client_secret_file)
+        except ValueError as error:
+            raise _misconfigured(f"oidc.client_secret_file {error}") from None
+
+
+def read_client_secret(path: Path) -> str:
+    """The secret in a file. Raises ValueError with the reason why it cannot be used."""
+    try:
+        secret = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "not text"
+        raise ValueError(f"cannot be read: {why}") from None
+    if not secret:
+        raise ValueError("is empty")
+    return secret
 
 
 def unreachable(reason: str) -> SignInFailed:
