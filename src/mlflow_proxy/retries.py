@@ -1,13 +1,14 @@
 """When a request may be sent once more: only where that is surely safe. Pure decisions; `sending` carries them out.
 
-Safe means: no connection was made, so nothing was sent; or the service throttled, so nothing was done; or the method
-is idempotent (RFC 9110 section 9.2.2) and no answer had begun.
+Safe means: no connection was made, so nothing was sent; or the service throttled and said so with a 4xx, so nothing
+was done; or the method is idempotent (RFC 9110 section 9.2.2) and no answer but a throttled one had begun.
 """
 
 from __future__ import annotations
 
 import random
 
+from mlflow_proxy.aws.errors import AwsError
 from mlflow_proxy.http1 import Disconnected, NotSent, UpstreamError
 
 _IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "PUT", "DELETE"})
@@ -20,6 +21,11 @@ def may_repeat(error: UpstreamError, method: str) -> bool:
     if isinstance(error, NotSent):
         return True
     return isinstance(error, Disconnected) and not error.begun and method in _IDEMPOTENT
+
+
+def may_repeat_throttled(error: AwsError, method: str) -> bool:
+    """Whether a throttled request may be tried again. Only a 4xx says for certain that nothing was carried out."""
+    return error.not_done or method in _IDEMPOTENT
 
 
 def delay(attempt: int, *, throttled: bool = False) -> float:

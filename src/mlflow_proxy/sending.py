@@ -90,13 +90,16 @@ class Sender:
         record.step("sign")
         if session is not None:
             await self.prepare(target, session)
-        attempt, corrected = 0, False
+        attempt, corrected, fresh = 0, False, False
         give_up = time.perf_counter() + self._upstream.first_byte_timeout
         while True:
             throttled = False
             try:
-                answer = await self._attempt(line, request, path, body, record, session=session, give_up=give_up)
+                answer = await self._attempt(
+                    line, request, path, body, record, session=session, give_up=give_up, fresh=fresh
+                )
             except UpstreamError as error:
+                fresh = True  # other unused connections may be closed as well
                 pause = retries.delay(attempt + 1)
                 may_repeat = retries.may_repeat(error, request.method)
                 if not may_repeat or attempt >= self._upstream.retries or time.perf_counter() + pause > give_up:
@@ -104,13 +107,18 @@ class Sender:
                     record.upstream_error = _kind(error)
                     raise _refusal(target, error) from error
             else:
+                fresh = False
                 if answer.error is None:
                     self._note(target, answer, session)
                     return answer
                 throttled = answer.error.throttled
                 record.throttled = record.throttled or throttled
                 pause = retries.delay(attempt + 1, throttled=True) if throttled else 0.0
-                if throttled and (attempt >= self._upstream.retries or time.perf_counter() + pause > give_up):
+                if throttled and (
+                    attempt >= self._upstream.retries
+                    or not retries.may_repeat_throttled(answer.error, request.method)
+                    or time.perf_counter() + pause > give_up
+                ):
                     record.upstream_error = "throttled"
                     return answer
                 if not throttled and (corrected or not await self._corrected(line, answer, session)):
@@ -179,6 +187,7 @@ class Sender:
         *,
         session: RoleSession | None,
         give_up: float,
+        fresh: bool,
     ) -> Answer:
         """One request on one connection, which is given back here unless the answer still needs it."""
         try:
@@ -191,9 +200,7 @@ class Sender:
         offset = line.signer.clock.offset
         head = line.signer.head(request, path, body, credentials, request_id=record.request_id)
         started = time.perf_counter()
-        connection = (line.pool.take_idle() if not record.retries else None) or await line.pool.acquire(
-            fresh=record.retries > 0
-        )
+        connection = (None if fresh else line.pool.take_idle()) or await line.pool.acquire(fresh=fresh)
         try:
             await connection.exchange(
                 head,
@@ -239,6 +246,8 @@ class Sender:
         """Put right what the service found wrong with the signature, if it can be: the clock, or the credentials."""
         error = answer.error
         assert error is not None  # noqa: S101  # the caller's condition, for the type checker
+        if not error.not_done:
+            return False
         if line.signer.clock.correct(error.type, error.message, answer.date, signed_at=answer.clock_offset):
             return True
         if not error.expired:

@@ -23,6 +23,10 @@ THROTTLED_400 = answer(
 )
 THROTTLED_TYPE_IN_BODY = answer(b'{"__type": "com.amazon#ThrottlingException", "message": "Slow"}', "400 Bad Request")
 THROTTLED_429 = answer(b"", "429 Too Many Requests")
+THROTTLED_503 = answer(
+    b'{"message": "Rate exceeded"}', "503 Service Unavailable", "x-amzn-ErrorType: ThrottlingException"
+)
+EXPIRED_500 = answer(b'{"message": "m"}', "500 Internal Server Error", "x-amzn-ErrorType: ExpiredTokenException")
 OK = answer(b"ok")
 
 
@@ -121,6 +125,33 @@ def test_a_throttled_request_is_repeated_whatever_its_method(steady: Stage, thro
     steady.upstream.script = answers(throttled, throttled, OK)
     assert steady.call("/x", method).body == b"ok"
     assert len(steady.upstream.arrived) == 3
+
+
+@pytest.mark.parametrize("throttled", [THROTTLED_400, THROTTLED_429])
+def test_a_throttled_request_keeps_its_connection(steady: Stage, throttled: bytes) -> None:
+    assert steady.call("/x").status == 200
+    connections = steady.upstream.connections
+    steady.upstream.script = answers(throttled, throttled, OK)
+    assert steady.call("/x", "POST").status == 200
+    assert len(steady.upstream.arrived) == 4
+    assert steady.upstream.connections == connections
+
+
+@pytest.mark.parametrize("error", [THROTTLED_503, EXPIRED_500])
+@pytest.mark.parametrize("method", ["POST", "PATCH"])
+def test_a_write_is_not_repeated_after_an_error_that_may_follow_the_work(
+    steady: Stage, method: str, error: bytes
+) -> None:
+    steady.upstream.script = answers(error, OK)
+    got = steady.call("/x", method, body=b"{}")
+    assert got.status in (429, 500)
+    assert len(steady.upstream.arrived) == 1
+
+
+def test_a_read_is_repeated_after_a_throttled_503(steady: Stage) -> None:
+    steady.upstream.script = answers(THROTTLED_503, OK)
+    assert steady.call("/x", "GET").body == b"ok"
+    assert len(steady.upstream.arrived) == 2
 
 
 @pytest.mark.parametrize("throttled", [THROTTLED_400, THROTTLED_429])

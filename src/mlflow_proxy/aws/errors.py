@@ -43,8 +43,13 @@ class AwsError(NamedTuple):
 
     @property
     def throttled(self) -> bool:
-        """The request was not carried out because there were too many; it may be repeated."""
+        """There were too many requests."""
         return self.type in _THROTTLED
+
+    @property
+    def not_done(self) -> bool:
+        """Nothing was carried out, so even a write may be repeated. A 5xx may come after the work was done."""
+        return self.status < 500
 
     @property
     def expired(self) -> bool:
@@ -59,6 +64,8 @@ class AwsError(NamedTuple):
     def refusal(self) -> Refusal:
         """The same in MLflow's shape, with advice, for a caller that knows nothing of AWS."""
         words = f"SageMaker MLflow answered {self.type}: {self.message.rstrip('.') or 'no message'}."
+        if self.throttled and not self.not_done:
+            words = f"{words} If this was a write, check whether it was carried out before you repeat it."
         if self.throttled:
             return Refusal(429, f"{words} {_ADVICE['ThrottlingException']}", retry_after=1)
         if self.advice:
