@@ -16,11 +16,12 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_TIMEOUT
 from pydantic import ValidationError
 
 from mlflow_proxy.configuration import SettingsError, load
 from mlflow_proxy.options import LISTED, options, options_markdown
-from mlflow_proxy.settings import Server, Settings
+from mlflow_proxy.settings import Server, Settings, Upstream
 from mlflow_proxy.targets import Mode
 
 ARN = "arn:aws:sagemaker:us-east-1:123456789012:mlflow-app/app-1"
@@ -713,3 +714,8 @@ def test_every_variable_of_the_documentation_is_taken(write: Write) -> None:
 
 def test_server_defaults_make_a_server() -> None:
     assert Server() == Server.model_validate({})
+
+
+def test_the_first_byte_may_take_longer_than_mlflows_client_waits() -> None:
+    """A search that the proxy cut first would be repeated by the client, and run again by MLflow each time."""
+    assert Upstream().first_byte_timeout > MLFLOW_HTTP_REQUEST_TIMEOUT.default

@@ -165,7 +165,8 @@ class Upstream(Section):
 
     connect_timeout: Seconds = Field(5.0, description="Seconds to connect, TLS handshake included.")
     first_byte_timeout: Seconds = Field(
-        60.0, description="Seconds from the sent request to its first answer byte, all attempts together."
+        130.0,  # MLflow's client waits 120; one that is cut earlier repeats what MLflow is still working on
+        description="Seconds from the sent request to its first answer byte, all attempts together.",
     )
     idle_timeout: Seconds = Field(60.0, description="Seconds between two chunks, while sending or receiving.")
     connections: int = Field(128, ge=1, le=4096, description="Connections per target and worker.")

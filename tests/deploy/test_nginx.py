@@ -502,7 +502,7 @@ def test_an_address_with_too_many_requests_under_way_gets_429(wire: Wire) -> Non
 def impatient(authority: Authority, folder: Path, instances: list[int]) -> Iterator[Site]:
     """The site with deadlines of a second towards the instances, none of which ever counts as away."""
     site = Site(folder, instances, authority)
-    site.render({"proxy_read_timeout 90s": "proxy_read_timeout 1s", "max_fails=3": "max_fails=0"})
+    site.render({"proxy_read_timeout 150s": "proxy_read_timeout 1s", "max_fails=3": "max_fails=0"})
     with running(site):
         yield site
 
