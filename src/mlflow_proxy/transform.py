@@ -14,6 +14,7 @@ from mlflow_proxy.errors import Refusal
 
 # Paths and queries of this form are canonical already; nearly every request of an MLflow client is (RFC 3986 pchar).
 _PLAIN_PATH = re.compile(rb"(?:/(?!\.{1,2}(?:/|\Z))[A-Za-z0-9._~!$&'()*+,;=:@-]+)*/?")
+_PLAIN_PAIR = re.compile(rb"[A-Za-z0-9._~-]+=[A-Za-z0-9._~-]*")
 _PLAIN_QUERY = re.compile(rb"(?:[A-Za-z0-9._~-]+=[A-Za-z0-9._~-]*(?:&(?=.)|\Z))*")
 
 _FORBIDDEN = re.compile(rb"[\x00-\x20#\x7f-\xff\\]")
@@ -73,6 +74,8 @@ def canonical_query(raw: bytes) -> str:
 
 
 def _canonical_pair(piece: bytes) -> str:
+    if _PLAIN_PAIR.fullmatch(piece):
+        return piece.decode("ascii")
     name, _, value = piece.partition(b"=")
     return f"{_strictly(name)}={_strictly(value)}"
 

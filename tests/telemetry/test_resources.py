@@ -142,6 +142,12 @@ def test_many_values_in_other_ways_are_cut_too() -> None:
     assert found["models"] == "+50"
 
 
+def test_a_line_stays_short_and_names_everything_at_least_once() -> None:
+    found = of({name: [f"{number:0255}" for number in range(20)] for name in sorted(module._NAMES)})
+    assert len(json.dumps(found)) < 40_000
+    assert set(found) == set(module._NAMES.values())
+
+
 def test_no_part_of_a_request_crowds_out_another() -> None:
     """However many decoys stand in one, what MLflow goes by in another is there."""
     decoys = [f"d{number}" for number in range(300)]

@@ -62,6 +62,8 @@ _CODING = b"content-encoding"
 _HEADERS = {b"x-mlflow-experiment-id": "experiment_id", b"x-mlflow-workspace": "workspace", _CODING: ""}
 _LONGEST = 256
 _MOST = 100
+# Characters of one part of a request, so that no line is long. The first value of each name is taken in any case.
+_ROOM = 16 * 1024
 # Bytes of a body that is read.
 LARGEST_BODY = 1 << 20
 _TAGS = re.compile(r"\btags?\b")
@@ -74,7 +76,7 @@ def resources_of(
     """The identifiers in a request's path, body, query and headers. Never raises, whatever the body.
 
     `template` is the route's (`/api/3.0/mlflow/traces/{trace_id}`), `path` the canonical path that it stands for.
-    Values are cut after 256 characters, and of each place 100 are taken, with `+N` for the rest.
+    Values are cut after 256 characters, and of each place 100 are taken, in 16,384 characters, with `+N` for the rest.
     """
     route = _route(template)
     parts: list[_Identifiers] = []
@@ -104,10 +106,11 @@ def resources_of(
 class _Identifiers:
     """What one part of a request names: by name, the different values in the order in which they stand there."""
 
-    __slots__ = ("_names", "more", "not_looked_into", "values")
+    __slots__ = ("_names", "_room", "more", "not_looked_into", "values")
 
     def __init__(self, names: Mapping[str, str]) -> None:
         self._names = names
+        self._room = _ROOM
         self.values: dict[str, dict[str, None]] = {}
         self.more: dict[str, int] = {}
         self.not_looked_into: NotLookedInto = ""
@@ -149,9 +152,12 @@ class _Identifiers:
             return
         values = self.values.setdefault(name, {})
         text = value if len(value) <= _LONGEST else f"{value[:_LONGEST]}…"
-        if len(values) < _MOST:
+        if text in values:
+            return
+        if not values or (len(values) < _MOST and len(text) <= self._room):
             values[text] = None
-        elif text not in values:
+            self._room -= len(text)
+        else:
             self._count(name, 1)
 
     def _count(self, name: str, more: int) -> None:
