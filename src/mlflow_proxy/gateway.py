@@ -25,6 +25,7 @@ from mlflow_proxy.aws.credentials import CredentialStore
 from mlflow_proxy.bodies import Bodies, CallerGone, Receive
 from mlflow_proxy.deadlines import Deadlines, Timeout
 from mlflow_proxy.errors import NO_FRAMES, NO_SNIFFING, Refusal
+from mlflow_proxy.file_limit import FullWatch
 from mlflow_proxy.forwarder import Forwarder
 from mlflow_proxy.http1 import UpstreamError
 from mlflow_proxy.limits import OWN_PAGES, Limits
@@ -295,6 +296,7 @@ class Gateway:
         self._tracing = _tracing(settings)
         self._metrics.state = partial(self._state, targets)
         self._metrics.start(asyncio.get_running_loop())
+        self._full = FullWatch(settings.server.connections, lambda: self._sender.connections)
 
     def _state(self, targets: Iterable[Target]) -> State:
         """What the parts say of themselves, for the metrics."""
@@ -309,6 +311,7 @@ class Gateway:
         )
 
     async def _stop(self) -> None:
+        self._full.close()
         self._sender.close()
         await asyncio.gather(self._credentials.close(), self._identity.close(), self._limits.close())
         if self._tracing is not None:

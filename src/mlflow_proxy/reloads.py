@@ -21,6 +21,7 @@ from typing import Any
 from mlflow_proxy import configuration, gateway
 from mlflow_proxy.access.keys import read_all_keys
 from mlflow_proxy.configuration import SettingsError
+from mlflow_proxy.file_limit import caller_connections, target_connections
 from mlflow_proxy.mistakes import cross_checks, reason
 from mlflow_proxy.portal.provider import read_client_secret
 from mlflow_proxy.runtime import Runtime
@@ -50,8 +51,14 @@ class Accepted:
 class InForce:
     """The configuration that workers start with; only the main process changes it."""
 
-    def __init__(self, settings: Settings, runtime: Runtime, path: Path | None) -> None:
-        """`path` is the file that `settings` came from. Raises SettingsError if a file that they name is of no use."""
+    def __init__(self, settings: Settings, runtime: Runtime, path: Path | None, files: float) -> None:
+        """`path` is the file that `settings` came from, `files` the number that a process may have open.
+
+        Raises SettingsError if a file that the settings name cannot be used.
+        """
+        self._files = files
+        # Of callers, which one worker holds at once.
+        self.connections = caller_connections(settings, files)
         self._path = path
         self._own_runtime = runtime
         self._accepted = _accepted(settings, runtime, {})
@@ -64,7 +71,12 @@ class InForce:
 
     def application(self) -> gateway.Gateway:
         """The application of a worker. Called in its process."""
-        return gateway.create_app(self._accepted.handed, self._accepted.runtime)
+        settings = self._accepted.handed
+        to_targets = target_connections(settings, self._files, self.connections)
+        server = settings.server.model_copy(update={"connections": self.connections})
+        upstream = settings.upstream.model_copy(update={"connections": to_targets})
+        fitted = settings.model_copy(update={"server": server, "upstream": upstream})
+        return gateway.create_app(fitted, self._accepted.runtime)
 
     def reload(self) -> str:
         """Read and judge the configuration anew, and take it. Gives what changed, in a line for the log.

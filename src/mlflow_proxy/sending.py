@@ -172,6 +172,11 @@ class Sender:
         """Seconds that an answer's Date is ahead of this machine's clock; None if it has none."""
         return self._lines[target.name].signer.clock.difference(answer.date)
 
+    @property
+    def connections(self) -> int:
+        """How many are open to all targets."""
+        return sum(line.pool.connections for line in self._lines.values())
+
     def close(self) -> None:
         """Close the connections to all targets."""
         for line in self._lines.values():

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import os
 import random
-import resource
 import signal
 import socket
 import threading
@@ -24,6 +23,7 @@ from granian.server.common import AbstractServer
 
 from mlflow_proxy import gateway, runtime  # workers are forked: what is imported before costs once
 from mlflow_proxy.configuration import SettingsError
+from mlflow_proxy.file_limit import raise_file_limit, warn_of_low_limit
 from mlflow_proxy.reloads import InForce, Reloads
 from mlflow_proxy.settings import Server, Settings
 
@@ -45,18 +45,19 @@ def serve(settings: Settings, config: Path | None) -> None:
     lose_no_stop_while_forking()
     _end_workers_that_still_start()
     trust_no_worker_to_live_that_is_gone()
-    _raise_file_limit()
+    files = raise_file_limit()
     with address, runtime.prepared() as prepared:
         try:
-            in_force = InForce(settings, prepared, config.resolve() if config else None)
+            in_force = InForce(settings, prepared, config.resolve() if config else None, files)
         except SettingsError as error:
             raise SystemExit(f"Error: {error}") from None
-        granian = _granian(settings.server, in_force.tls)
+        warn_of_low_limit(settings, files, in_force.connections)
+        granian = _granian(settings.server, in_force.connections, in_force.tls)
         granian.on_startup(Reloads(in_force).begin)
         granian.serve(target_loader=in_force.application, wrap_loader=False)
 
 
-def _granian(server: Server, tls: Path | None) -> AbstractServer[Any]:
+def _granian(server: Server, connections: int, tls: Path | None) -> AbstractServer[Any]:
     return Granian(
         "mlflow_proxy.gateway",
         address=server.host,
@@ -68,7 +69,7 @@ def _granian(server: Server, tls: Path | None) -> AbstractServer[Any]:
         http=HTTPModes.auto,
         websockets=False,
         backlog=_BACKLOG,
-        backpressure=server.connections,
+        backpressure=connections,
         http1_settings=HTTP1Settings(header_read_timeout=int(server.header_timeout * 1000)),
         http2_settings=HTTP2Settings(
             max_concurrent_streams=128, max_headers_size=2 * int(server.header_limit), keep_alive_interval=30_000
@@ -82,12 +83,6 @@ def _granian(server: Server, tls: Path | None) -> AbstractServer[Any]:
         respawn_interval=1.0,
         workers_kill_timeout=int(server.drain_timeout),
     )
-
-
-def _raise_file_limit() -> None:
-    """Every connection is an open file, and the usual limit of 1024 is for programs that never raise it."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _take_address(host: str, port: int) -> socket.socket:

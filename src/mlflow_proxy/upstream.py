@@ -47,6 +47,11 @@ class Pool:
         self._sweeper: asyncio.TimerHandle | None = None
         self._closed = False
 
+    @property
+    def connections(self) -> int:
+        """How many are open, or being opened."""
+        return self._open
+
     def take_idle(self) -> Connection | None:
         """A connection that served before, if there is one: the quick half of `acquire`."""
         while self._idle:

@@ -49,6 +49,7 @@ class Proxy:
         environ: Table | None = None,
         stdout: Any = None,
         port: int | None = None,
+        files: int | None = None,
     ) -> None:
         self.port = port or free_port()
         self.folder = folder
@@ -73,6 +74,8 @@ class Proxy:
             **(environ or {}),
         }
         command = [str(Path(sys.executable).with_name("mlflow-proxy")), "serve", "-c", str(config)]
+        if files is not None:
+            command = ["sh", "-c", f'ulimit -n {files} && exec "$@"', "sh", *command]
         with self.stdout.open("wb") as out, self.stderr.open("wb") as err:
             self.process = subprocess.Popen(
                 command, env=env, cwd=folder, stdin=subprocess.DEVNULL, stdout=stdout or out, stderr=err
@@ -139,8 +142,9 @@ def running(
     environ: Table | None = None,
     stdout: Any = None,
     port: int | None = None,
+    files: int | None = None,
 ) -> Iterator[Proxy]:
-    """A proxy that is ended with its process tree, whatever happens."""
+    """A proxy that may have `files` open, and is ended with its process tree, whatever happens."""
     folder.mkdir(exist_ok=True)
     proxy = Proxy(
         folder,
@@ -152,6 +156,7 @@ def running(
         environ=environ,
         stdout=stdout,
         port=port,
+        files=files,
     )
     tree = psutil.Process(proxy.process.pid)
     try:

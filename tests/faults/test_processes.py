@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from http.client import HTTPException
 from pathlib import Path
 
@@ -101,6 +101,37 @@ def test_ctrl_c_and_repeated_stops_end_all_at_once(tmp_path: Path, upstream: Ups
     said = proxy.stderr.read_text()
     assert "Killing" not in said
     assert "Unexpected exit" not in said
+
+
+def test_too_many_callers_take_no_files_from_the_way_to_the_targets(tmp_path: Path, upstream: Upstream) -> None:
+    """Beyond what the process may hold, connections wait in the kernel."""
+    waiting = threading.Event()
+
+    def together(peer: Peer, arrived: Arrived) -> None:
+        if arrived.target == "/together":
+            assert waiting.wait(60)
+        peer.send(answer(b"whole"))
+
+    upstream.script = together
+    server, files = {"workers": 1, "drain_timeout": 5}, 160
+    with running(tmp_path / "proxy", targets(upstream), server=server, files=files) as proxy, ExitStack() as stack:
+        said = proxy.stderr.read_text()
+        assert "the limit of open files is 160: each worker holds at most 32 connections of callers" in said
+        callers = [stack.enter_context(Caller(proxy.port)) for _ in range(20)]
+        for caller in callers:
+            caller.send(request("/x"))
+            assert caller.answer().status == 200
+        for _ in range(300):
+            stack.enter_context(socket.create_connection(("127.0.0.1", proxy.port)))
+        wait_until(lambda: "all 32 connections of callers" in proxy.stderr.read_text())
+        for caller in callers:
+            caller.send(request("/together"))
+        upstream.wait_for(40)
+        assert proxy.workers[0].num_fds() < files
+        waiting.set()
+        assert {caller.answer().status for caller in callers} == {200}
+        stack.close()
+        wait_until(lambda: _serves(proxy.port))
 
 
 # Somebody else learns first how the worker ended, as one of Granian's two waiting threads may.
