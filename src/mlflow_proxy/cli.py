@@ -211,7 +211,7 @@ def _needs_local() -> None:
 
     if importlib.util.find_spec("moto") is None or importlib.util.find_spec("mlflow") is None:
         raise click.ClickException(
-            "the local SageMaker is an extra; install it with: pip install 'sagemaker-mlflow-proxy[local]'"
+            "the local SageMaker is an extra; install it in a clone of the repository: pip install '.[local]'"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import subprocess
 import sys
@@ -120,6 +121,65 @@ def test_the_seven_calls(site: Site, mode: str, tmp_path: Path) -> None:
     assert run[1] in listed["root_uri"]
     assert rest == [{}, {}]
     assert "error_code" not in output
+
+
+def lines_that_start_a_run(lines: list[str]) -> list[str]:
+    """Of the seven calls the fourth, in the experiment that is always there."""
+    begin, fourth, fifth = map(
+        lines.index, ("# 1  make an experiment", "# 4  start a run in it", "# 5  list its artifacts")
+    )
+    return [*lines[:begin], "EXPERIMENT=0", *lines[fourth:fifth]]
+
+
+def test_an_error_is_never_taken_for_an_id(site: Site, mode: str, tmp_path: Path) -> None:
+    """A refusal has digits, too: those of its request id."""
+    lines = curl_lines(site, mode)
+    lines[1] = f"KEY={site.reader}"
+    output = shell(lines[: lines.index("# 2  find experiments")], tmp_path)
+    assert re.fullmatch(r'experiment was not made: \{"error_code": "PERMISSION_DENIED".*\}\n', output)
+    output = shell(lines_that_start_a_run(lines), tmp_path)
+    assert re.fullmatch(r'run was not made: \{"error_code": "PERMISSION_DENIED".*\}\n', output)
+
+
+def test_files_go_through_mlflow_by_plain_http(site: Site, mode: str, tmp_path: Path) -> None:
+    """As docs/protocol.md shows, up to MLflow's own limit and not beyond; then the error is shown."""
+    page = (ROOT / "docs" / "protocol.md").read_text("utf-8")
+    (block,) = [
+        block for block in re.findall(r"^```bash\n(.*?)^```", page, re.DOTALL | re.MULTILINE) if "upload" in block
+    ]
+    whole = lines_that_start_a_run(curl_lines(site, mode))
+    content = random.randbytes(10 << 20)
+    (tmp_path / "model.bin").write_bytes(content)
+    output = shell([*whole, block], tmp_path)
+    assert '"path": "model/model.bin"' in output
+    assert (tmp_path / "downloaded.bin").read_bytes() == content
+    (tmp_path / "model.bin").write_bytes(content + b"!")
+    output = shell([*whole, f"({block.splitlines()[0]}\n{block.splitlines()[1]}) || true"], tmp_path)
+    assert "Max size is 10MB" in output
+
+
+PLUGIN = """
+import logging, mlflow
+mlflow.get_experiment("0")
+logging.getLogger("mlflow.tracking.request_header.registry").setLevel("ERROR")
+print("quiet", file=__import__("sys").stderr)
+mlflow.get_experiment("0")
+"""
+
+
+def test_awss_plugin_beside_the_client(site: Site, tmp_path: Path) -> None:
+    """This environment has it. The warning, and how to stop it, are those of docs/operating.md."""
+    page = (ROOT / "docs" / "operating.md").read_text("utf-8")
+    environment = {**bare_environment(site.url("tracking"), tmp_path), "MLFLOW_TRACKING_TOKEN": site.reader}
+    done = subprocess.run(
+        [sys.executable, "-c", PLUGIN], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    before, _, after = done.stderr.partition("quiet\n")
+    warning = "Encountered unexpected error during resolving request headers: list index out of range"
+    assert warning in before
+    assert warning not in after
+    assert warning in page
+    assert PLUGIN.splitlines()[3] in page
 
 
 def test_the_reader_may_look_and_change_nothing(site: Site, mode: str, tmp_path: Path) -> None:

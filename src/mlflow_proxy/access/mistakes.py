@@ -181,7 +181,10 @@ def _record_problems(data: Table) -> Iterator[str]:
     endpoint = _table(data, "tracing").get("endpoint")
     yield from _url("tracing.endpoint", endpoint, secure=False)
     if endpoint and not is_installed("opentelemetry.exporter.otlp.proto.http"):
-        yield "tracing.endpoint: needs the extra; run pip install 'sagemaker-mlflow-proxy[tracing]'"
+        yield (
+            "tracing.endpoint: needs the extra; run pip install 'sagemaker-mlflow-proxy[tracing]', or "
+            "pip install '.[tracing]' in a clone"
+        )
 
 
 def is_installed(module: str) -> bool:

@@ -12,8 +12,9 @@ AUTH="Authorization: Bearer $KEY"
 JSON='Content-Type: application/json'
 
 # 1  make an experiment
-EXPERIMENT=$(curl -s -H "$AUTH" $API/experiments/create -H "$JSON" -d '{"name": "hello-'$(date +%s)'"}' | tr -dc 0-9)
-echo "experiment $EXPERIMENT"
+ANSWER=$(curl -sS -H "$AUTH" $API/experiments/create -H "$JSON" -d '{"name": "hello-'$(date +%s)'"}')
+EXPERIMENT=$(printf '%s' "$ANSWER" | sed -n 's/.*"experiment_id": "\([0-9]*\)".*/\1/p')
+echo "experiment ${EXPERIMENT:-was not made: $ANSWER}"
 
 # 2  find experiments
 curl -s -H "$AUTH" $API/experiments/search -H "$JSON" -d '{"max_results": 5}'
@@ -22,9 +23,9 @@ curl -s -H "$AUTH" $API/experiments/search -H "$JSON" -d '{"max_results": 5}'
 curl -s -H "$AUTH" "$API/experiments/get?experiment_id=$EXPERIMENT"
 
 # 4  start a run in it
-RUN=$(curl -s -H "$AUTH" $API/runs/create -H "$JSON" -d '{"experiment_id": "'$EXPERIMENT'", "run_name": "first"}' |
-  sed -n 's/.*"run_id": "\([0-9a-f]*\)".*/\1/p')
-echo "run $RUN"
+ANSWER=$(curl -sS -H "$AUTH" $API/runs/create -H "$JSON" -d '{"experiment_id": "'$EXPERIMENT'", "run_name": "first"}')
+RUN=$(printf '%s' "$ANSWER" | sed -n 's/.*"run_id": "\([0-9a-f]*\)".*/\1/p')
+echo "run ${RUN:-was not made: $ANSWER}"
 
 # 5  list its artifacts
 curl -s -H "$AUTH" "$API/artifacts/list?run_id=$RUN"

@@ -25,7 +25,10 @@ try:
     from opentelemetry.trace import Span, SpanKind, StatusCode, Tracer, set_span_in_context
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 except ImportError as error:
-    raise ImportError("tracing.endpoint needs OpenTelemetry: pip install 'sagemaker-mlflow-proxy[tracing]'") from error
+    raise ImportError(
+        "tracing.endpoint needs OpenTelemetry: pip install 'sagemaker-mlflow-proxy[tracing]', or "
+        "pip install '.[tracing]' in a clone"
+    ) from error
 
 logger = logging.getLogger(__name__)
 
