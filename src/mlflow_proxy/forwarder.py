@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import TypeVar
 
 from mlflow_proxy.access import graphql
 from mlflow_proxy.access.actions import Action, action_of
@@ -23,6 +26,8 @@ from mlflow_proxy.sending import Answer, Sender
 from mlflow_proxy.signing import NO_PAYLOAD, Payload
 from mlflow_proxy.telemetry.record import Record
 from mlflow_proxy.telemetry.resources import resources_of
+
+T = TypeVar("T")
 
 
 class Forwarder:
@@ -143,7 +148,7 @@ class Forwarder:
         """GraphQL may ask for many things at once: one role must allow them all, and signs."""
         asked = (request.method, request.content_type, request.query, data)
         if len(data) > LARGEST_ON_LOOP:
-            names = await asyncio.to_thread(graphql.actions_of, *asked)
+            names = await asyncio.to_thread(_alone, partial(graphql.actions_of, *asked))
         else:
             names = graphql.actions_of(*asked)
         record.action = " ".join(names)
@@ -154,16 +159,21 @@ class Forwarder:
     async def _prepared(self, request: Request, path: str, action: Action, data: bytes, record: Record) -> Payload:
         """The body as it is signed; of one that changes something, the audit log gets what it is about."""
         template = action.template if self._audited and record.writes else ""
-        if len(data) > LARGEST_ON_LOOP:
-            return await asyncio.to_thread(_prepare, request, path, template, data, record)
-        return _prepare(request, path, template, data, record)
+        look = partial(resources_of, template, path, request.query, data, request.headers)
+        large = len(data) > LARGEST_ON_LOOP
+        if template:
+            resources = await asyncio.to_thread(_alone, look) if large else look()
+            record.resources, record.not_looked_into = resources, resources.not_looked_into
+        return await asyncio.to_thread(Payload.of, data) if large else Payload.of(data)
 
 
-def _prepare(request: Request, path: str, template: str, data: bytes, record: Record) -> Payload:
-    if template:
-        resources = resources_of(template, path, request.query, data, request.headers)
-        record.resources, record.not_looked_into = resources, resources.not_looked_into
-    return Payload.of(data)
+# A parser holds the interpreter: the event loop waits for one of them at the most, not for all that are at work.
+_parsing = threading.Lock()
+
+
+def _alone(parse: Callable[[], T]) -> T:
+    with _parsing:
+        return parse()
 
 
 async def _settled(pending: Awaitable[None] | None) -> None:
