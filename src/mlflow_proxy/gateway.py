@@ -267,7 +267,7 @@ class Gateway:
         )
         self._credentials = CredentialStore(targets, settings.aws, proxy=settings.upstream.proxy)
         await asyncio.gather(self._credentials.start(), self._identity.start(), self._limits.start())
-        self._sender = Sender(targets, settings.upstream, self._credentials, self._deadlines)
+        self._sender = Sender(targets, settings.upstream, self._credentials, self._deadlines, self._limits.paces)
         routes = self._routes = Routes(targets)
         self._forwarder = Forwarder(
             identity=self._identity,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from mlflow_proxy import retries
@@ -19,6 +19,7 @@ from mlflow_proxy.aws.role_sessions import RoleSession
 from mlflow_proxy.deadlines import Deadlines, Timeout
 from mlflow_proxy.errors import Refusal
 from mlflow_proxy.http1 import AnswerTimeout, Connection, UpstreamError
+from mlflow_proxy.limits.pace import Pace
 from mlflow_proxy.relay import Headers, upstream_request_id
 from mlflow_proxy.requests import Request
 from mlflow_proxy.settings import Upstream
@@ -58,18 +59,31 @@ class Line(NamedTuple):
     target: Target
     pool: Pool
     signer: Signer
+    pace: Pace
 
 
 class Sender:
-    """Speaks with all targets for one worker. Made in the event loop that uses it."""
+    """Speaks with all targets for one worker. Made in the event loop that uses it.
+
+    `paces` are the limits' by target; what they have none for has one of its own.
+    """
 
     def __init__(
-        self, targets: Iterable[Target], upstream: Upstream, credentials: CredentialStore, deadlines: Deadlines
+        self,
+        targets: Iterable[Target],
+        upstream: Upstream,
+        credentials: CredentialStore,
+        deadlines: Deadlines,
+        paces: Mapping[str, Pace] | None = None,
     ) -> None:
         self._upstream = upstream
         self._deadlines = deadlines
         self._credentials = credentials
-        self._lines = {t.name: Line(t, Pool(t, upstream, deadlines), Signer(t)) for t in targets}
+        paces = paces or {}
+        self._lines = {
+            t.name: Line(t, Pool(t, upstream, deadlines), Signer(t), paces.get(t.name) or Pace(deadlines.loop.time))
+            for t in targets
+        }
         # By target, on the monotonic clock: when it last answered as it should; gone after a failure.
         self.last_success: dict[str, float] = {}
 
@@ -113,7 +127,10 @@ class Sender:
                     return answer
                 throttled = answer.error.throttled
                 record.throttled = record.throttled or throttled
-                pause = retries.delay(attempt + 1, throttled=True) if throttled else 0.0
+                pause = 0.0
+                if throttled:
+                    line.pace.throttled()
+                    pause = max(retries.delay(attempt + 1, throttled=True), line.pace.wait())
                 if throttled and (
                     attempt >= self._upstream.retries
                     or not retries.may_repeat_throttled(answer.error, request.method)
@@ -128,7 +145,8 @@ class Sender:
                 corrected = corrected or not throttled
             attempt += 1
             record.retries += 1
-            await asyncio.sleep(pause)
+            await asyncio.sleep(max(pause, line.pace.reserve()) if throttled else pause)
+            line.pace.count()
 
     async def prepare(self, target: Target, session: RoleSession) -> None:
         """Wait until there are credentials of a caller's role session. Raises Refusal 503."""

@@ -137,6 +137,21 @@ def test_a_throttled_request_keeps_its_connection(steady: Stage, throttled: byte
     assert steady.upstream.connections == connections
 
 
+def test_one_throttled_answer_takes_no_capacity(steady: Stage) -> None:
+    """All 40 calls are under way at once, though the request before met a 429."""
+    steady.upstream.script = answers(THROTTLED_429, OK)
+    assert steady.call("/x", "POST").status == 200
+    together = threading.Barrier(40)
+
+    def slow(peer: Peer, _: Arrived) -> None:
+        together.wait(30)
+        peer.send(OK)
+
+    steady.upstream.script = slow
+    with ThreadPoolExecutor(40) as threads:
+        assert list(threads.map(lambda _: steady.call("/x", "POST").status, range(40))) == [200] * 40
+
+
 @pytest.mark.parametrize("error", [THROTTLED_503, EXPIRED_500])
 @pytest.mark.parametrize("method", ["POST", "PATCH"])
 def test_a_write_is_not_repeated_after_an_error_that_may_follow_the_work(

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.limits.simulation import CASES, SECONDS, simulate
+from tests.limits.virtual_time import run_in_virtual_time
 
 from mlflow_proxy.deadlines import Deadlines
 from mlflow_proxy.errors import Refusal
@@ -25,7 +28,7 @@ def run(scenario: Callable[[], Coroutine[Any, Any, None]]) -> None:
         asyncio.get_running_loop().set_exception_handler(lambda _, context: unseen.append(str(context)))
         await scenario()
 
-    asyncio.run(main())
+    run_in_virtual_time(main())
     assert unseen == []
 
 
@@ -119,13 +122,26 @@ def test_throttling_takes_the_limit_down_once_for_a_round() -> None:
     run(scenario)
 
 
-def test_the_limit_falls_from_what_was_in_use() -> None:
+@pytest.mark.parametrize("used", [1, 10, 89])
+def test_throttling_says_nothing_of_a_limit_that_was_not_in_use(used: int) -> None:
     async def scenario() -> None:
-        of = places(1000)
-        for _ in range(10):
+        of = places(100)
+        for _ in range(used):
+            assert of.take()
+        for _ in range(used):
+            of.leave(throttled=True, answered=True)
+        assert of.allowed == 100
+
+    run(scenario)
+
+
+def test_a_limit_nearly_in_use_falls_from_the_limit() -> None:
+    async def scenario() -> None:
+        of = places(100)
+        for _ in range(95):
             assert of.take()
         of.leave(throttled=True, answered=False)
-        assert of.allowed == 7
+        assert of.allowed == 70
 
     run(scenario)
 
@@ -134,8 +150,11 @@ def test_never_below_the_least_nor_above_the_most() -> None:
     async def scenario() -> None:
         of = places(10, least=4)
         for _ in range(50):
-            assert of.take()
+            while of.take():
+                pass
             of.leave(throttled=True, answered=False)
+            while of.in_flight:
+                of.leave(throttled=False, answered=False)
         assert of.allowed == 4
         for _ in range(2000):
             while of.take():
@@ -145,6 +164,26 @@ def test_never_below_the_least_nor_above_the_most() -> None:
         assert of.limit == 10.0
         low = places(2, least=4)
         assert [low.take() for _ in range(3)] == [True, True, False]
+
+    run(scenario)
+
+
+def test_time_brings_all_places_back() -> None:
+    async def scenario() -> None:
+        of = places(128)
+        for _ in range(20):
+            while of.take():
+                pass
+            of.leave(throttled=True, answered=False)
+            while of.in_flight:
+                of.leave(throttled=False, answered=False)
+        assert of.allowed == 1
+        await asyncio.sleep(30)
+        assert of.take()
+        assert 60 <= of.allowed <= 70
+        await asyncio.sleep(60)
+        assert of.take()
+        assert of.allowed == 128
 
     run(scenario)
 
@@ -440,3 +479,59 @@ def test_nobody_starves_beside_a_flood() -> None:
         assert (of.in_flight, of.waiting) == (0, 0)
 
     run(scenario)
+
+
+# The pace
+
+
+def test_a_single_throttled_answer_sets_no_pace() -> None:
+    async def scenario() -> None:
+        of = places(100)
+        assert of.take()
+        of.pace.throttled()
+        of.leave(throttled=True, answered=True)
+        assert (of.pace.rate, of.allowed) == (None, 100)
+
+    run(scenario)
+
+
+def test_a_pace_is_forgotten_when_nothing_is_throttled_any_more() -> None:
+    async def scenario() -> None:
+        of = places(100)
+        for _ in range(40):
+            assert of.take()
+        for _ in range(30):
+            of.pace.throttled()
+        assert of.pace.rate is not None
+        assert of.pace.rate < 20
+        good(of, 40)
+        await asyncio.sleep(60)
+        assert [of.take() for _ in range(100)] == [True] * 100
+        assert of.pace.rate is None
+
+    run(scenario)
+
+
+def test_who_waits_for_the_pace_is_served_though_nobody_leaves() -> None:
+    async def scenario() -> None:
+        of = places(100)
+        for _ in range(40):
+            assert of.take()
+        for _ in range(30):
+            of.pace.throttled()
+        of.take()
+        line = Line(of)
+        tasks = [await line.come("a", str(number)) for number in range(5)]
+        await asyncio.gather(*tasks)
+        assert line.served == ["0", "1", "2", "3", "4"]
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(("allowed", "callers"), CASES)
+def test_a_service_that_throttles_by_rate_is_used_fully_and_refuses_nearly_nobody(allowed: int, callers: int) -> None:
+    outcome = simulate(allowed, callers)
+    assert outcome.answered >= 0.9 * allowed * SECONDS
+    assert outcome.refused <= 0.01 * outcome.answered
+    documented = Path(__file__).parents[2] / "docs/limits.md"
+    assert outcome.row(allowed, callers) in documented.read_text()

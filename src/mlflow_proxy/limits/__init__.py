@@ -17,6 +17,7 @@ from mlflow_proxy.deadlines import Deadlines
 from mlflow_proxy.errors import Refusal
 from mlflow_proxy.limits.counters import Counters
 from mlflow_proxy.limits.failures import Failures
+from mlflow_proxy.limits.pace import Pace
 from mlflow_proxy.limits.places import Places
 from mlflow_proxy.limits.rates import Counted, Rate, rates, refusal, take
 from mlflow_proxy.limits.storage import SharedStorage, StorageAway
@@ -79,6 +80,11 @@ class Limits:
             )
             for target in settings.targets
         }
+
+    @property
+    def paces(self) -> dict[str, Pace]:
+        """The pace of each target's attempts, by its name."""
+        return {target: places.pace for target, places in self._places.items()}
 
     async def start(self) -> None:
         """Connect to the shared storage, if there is one. Never raises: it may come later."""

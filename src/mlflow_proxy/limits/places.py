@@ -1,9 +1,10 @@
 """Places: how many requests one worker has under way to one target, and the queue of those that wait for one.
 
 The number adapts to throttling (additive increase, multiplicative decrease, as TCP's congestion window: RFC 5681): a
-throttled answer takes it down at once, answers while all places are taken bring it up by about one a round. Waiting
-requests take turns between callers, so that one caller's burst does not hold up the others. Nothing is known here of
-other workers or targets.
+throttled answer takes it down if nearly all places were taken, else it says nothing of their number. Time brings it up
+again, and so do answers while all places are taken. Once throttling has set a pace (`pace`), that alone holds requests
+back. Waiting requests take turns between callers, so that one caller's burst does not hold up the others. Nothing is
+known here of other workers or targets.
 """
 
 from __future__ import annotations
@@ -13,8 +14,13 @@ from collections import deque
 
 from mlflow_proxy.deadlines import Deadlines, Timeout
 from mlflow_proxy.errors import Refusal
+from mlflow_proxy.limits.pace import Pace
 
 _DECREASE = 0.7
+# The limit was in use if such a share of it was.
+_IN_USE = 0.9
+# From nothing to all places without throttling, in seconds.
+_RECOVERY = 60.0
 # Callers are told to come back after so many seconds: a place is free again after any one answer.
 _RETRY_AFTER = 1
 
@@ -35,16 +41,22 @@ class Places:
         self.allowed = most
         self.in_flight = 0
         self.waiting = 0
+        self.pace = Pace(deadlines.loop.time)
         self._unheeded = 0
+        self._recovered_at = 0.0
+        self._paced: asyncio.TimerHandle | None = None
         # Those who wait: by caller, in the order of their turns. True: has a place; False: had to make room.
         self._queue: dict[str, deque[asyncio.Future[bool]]] = {}
 
     def take(self) -> bool:
         """Take a place if there is one. Whoever waits has been given one as soon as there was room."""
-        if self.in_flight < self.allowed:
-            self.in_flight += 1
-            return True
-        return False
+        if self.limit < self._most:
+            self._recover()
+        if self.in_flight >= self.allowed or self.waiting or self.pace.wait():
+            return False
+        self.in_flight += 1
+        self.pace.begin()
+        return True
 
     def leave(self, *, throttled: bool, answered: bool) -> None:
         """Give a place back and learn from how its request ended."""
@@ -53,18 +65,27 @@ class Places:
         if self._unheeded:
             self._unheeded -= 1
         elif throttled:
-            self._decrease(used)
+            if used >= self.allowed * _IN_USE and self.pace.rate is None:
+                self._decrease(used)
         elif answered and used >= self.allowed:
             self._set_limit(self.limit + 1 / self.limit)
         if self.waiting:
             self._hand_out()
 
     def _decrease(self, used: int) -> None:
-        """From what was really in use: a limit far above it would not be felt. The other requests under way met the
-        same overload, so the next answers, as many as they are, are not heeded.
+        """The other requests under way met the same overload, so the next answers, as many as they are, are not
+        heeded.
         """
-        self._set_limit(min(self.limit, used) * _DECREASE)
+        self._set_limit(self.limit * _DECREASE)
         self._unheeded = used - 1
+        self._recovered_at = self._deadlines.loop.time()
+
+    def _recover(self) -> None:
+        now = self._deadlines.loop.time()
+        self._set_limit(self.limit + self._most * (now - self._recovered_at) / _RECOVERY)
+        self._recovered_at = now
+        if self.waiting:
+            self._hand_out()
 
     def _set_limit(self, limit: float) -> None:
         self.limit = min(max(limit, float(self._least)), float(self._most))
@@ -79,6 +100,7 @@ class Places:
         turn: asyncio.Future[bool] = self._deadlines.loop.create_future()
         self._queue.setdefault(caller, deque()).append(turn)
         self.waiting += 1
+        self._hand_out()  # a pace may hold it back, which only a timer ends
         try:
             with Timeout(self._deadlines, self._queue_timeout):
                 has_place = await turn
@@ -104,6 +126,10 @@ class Places:
     def _hand_out(self) -> None:
         """Give free places to those who wait, one caller after the other."""
         while self.waiting and self.in_flight < self.allowed:
+            pause = self.pace.wait()
+            if pause:
+                self._hand_out_in(pause)
+                return
             caller = next(iter(self._queue))
             turns = self._queue.pop(caller)
             turn = turns.popleft()
@@ -112,7 +138,16 @@ class Places:
             self.waiting -= 1
             if not turn.done():  # else its task is being cancelled
                 self.in_flight += 1
+                self.pace.begin()
                 turn.set_result(True)
+
+    def _hand_out_in(self, seconds: float) -> None:
+        if self._paced is None:
+            self._paced = self._deadlines.loop.call_later(seconds, self._paced_turn)
+
+    def _paced_turn(self) -> None:
+        self._paced = None
+        self._hand_out()
 
     def _give_up(self, caller: str, turn: asyncio.Future[bool]) -> None:
         """Nobody waits for this turn any more; a place that came in the same moment goes to the next one."""
