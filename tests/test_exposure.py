@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from tests.faults.proxies import Table, running, target
 
 from mlflow_proxy.configuration import load
 from mlflow_proxy.exposure import exposures
+from mlflow_proxy.settings import is_loopback
 
 KEYS = '[access]\nkeys_file = "/keys.jsonl"\n'
 ANYBODY = '[access]\nanonymous = "i-understand"\n'
@@ -66,6 +69,19 @@ def test_anybody(tmp_path: Path) -> None:
     anybody, plain = exposures(load(path, {}))
     assert "not identified" in anybody
     assert "unencrypted" in plain
+
+
+def test_no_page_shows_an_exposed_example() -> None:
+    root = Path(__file__).parents[1]
+    listening = 0
+    for page in (root / "README.md", *(root / "docs").glob("*.md")):
+        for block in re.findall(r"^```toml\n(.*?)^```", page.read_text("utf-8"), re.DOTALL | re.MULTILINE):
+            server = tomllib.loads(block).get("server", {})
+            if not is_loopback(server.get("host", "127.0.0.1")):
+                listening += 1
+                https = server.get("public_url", "").startswith("https://")
+                assert https or server.get("trusted_proxies") or server.get("tls_certificate"), f"{page.name}: {block}"
+    assert listening >= 4
 
 
 def test_it_is_told_once_for_all_workers(tmp_path: Path) -> None:

@@ -84,8 +84,8 @@ def test_it_says_that_it_is_still_starting(command: Command) -> None:
     children = psutil.Process(command.pid).children(recursive=True)
     for child in children:
         child.suspend()
-    said = read_until(command, "s so far")
-    assert "MLflow for tracking and app is still starting" in said
+    said = read_until(command, "still starting after")
+    assert said.endswith("s: MLflow for tracking and app\n")
     for child in children:
         child.kill()
     assert command.wait(30) == 1

@@ -255,7 +255,7 @@ class LocalSageMaker:
         def tell() -> None:
             if starting:
                 names, seconds = " and ".join(starting), time.monotonic() - began
-                self._progress(f"MLflow for {names} is still starting, {seconds:.0f} s so far")
+                self._progress(f"still starting after {seconds:.0f} s: MLflow for {names}")
 
         with _every(_PATIENCE, tell):
             for target in self.targets:
