@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from mlflow_proxy.deadlines import TICK, Deadlines, Timeout
+from mlflow_proxy.requests import Request
 from mlflow_proxy.watch import CallerWatch
 
 
@@ -228,6 +229,9 @@ def test_inner_timeout_leaves_the_outer_one() -> None:
 # The watch
 
 
+BODILESS = Request("GET", "/", "", [], "", None, False, "127.0.0.1", "http", "localhost")
+
+
 class Caller:
     """Receives nothing, until it goes away after some seconds."""
 
@@ -246,6 +250,7 @@ class Caller:
 def test_work_ends_when_the_caller_goes_away() -> None:
     async def scenario(deadlines: Deadlines, happened: list[str]) -> None:
         watch = CallerWatch(Caller(0.05), deadlines)
+        watch.start(BODILESS)
         try:
             await asyncio.sleep(5)
             happened.append("worked for nobody")
@@ -262,6 +267,7 @@ def test_quick_work_never_looks() -> None:
 
     async def scenario(deadlines: Deadlines, happened: list[str]) -> None:
         watch = CallerWatch(caller, deadlines)
+        watch.start(BODILESS)
         await asyncio.sleep(0.02)
         watch.close()
         await asyncio.sleep(0.6)
@@ -274,6 +280,7 @@ def test_quick_work_never_looks() -> None:
 def test_closed_watch_no_longer_cancels() -> None:
     async def scenario(deadlines: Deadlines, happened: list[str]) -> None:
         watch = CallerWatch(Caller(0.5), deadlines)
+        watch.start(BODILESS)
         await asyncio.sleep(0.5)
         watch.close()
         await asyncio.sleep(0.6)
@@ -286,6 +293,7 @@ def test_other_cancellations_are_not_the_callers() -> None:
     async def scenario(deadlines: Deadlines, happened: list[str]) -> None:
         async def work() -> None:
             watch = CallerWatch(Caller(60), deadlines)
+            watch.start(BODILESS)
             try:
                 await asyncio.sleep(60)
             finally:
