@@ -53,7 +53,7 @@ _LINES = (
     _Line("Limited", f'{{ {_REQUEST} && $.limit = "*" && $.limit != "" }}'),
     _Line("AuthFailures", f"{{ {_REQUEST} && $.status = 401 }}"),
     _Line("Denied", f"{{ {_REQUEST} && $.status = 403 }}"),
-    _Line("CredentialFailures", f'{{ {_REQUEST} && $.status = 503 && $.error = "No AWS credentials*" }}'),
+    _Line("CredentialFailures", f'{{ {_REQUEST} && $.status >= 500 && $.error = "No AWS credentials*" }}'),
 )
 
 

@@ -697,7 +697,7 @@ def test_a_stopped_server(site: Site, control: Control, tmp_path: Path) -> None:
     control("POST", "servers/tracking/stop")
     done = site.validate("writer", folder=tmp_path)
     assert done.code == 1
-    assert "its status is Stopped" in done.told("may read")
+    assert "The target may be stopped" in done.told("may read")
     assert list(done.steps)[-1] == "may read"
 
 

@@ -172,7 +172,8 @@ class Check:
         try:
             answer = await self._sender.ask(self._target, PROBE, Payload.of(PROBE_BODY))
         except (Refusal, UpstreamError) as failure:
-            return [Step("signature", False, "no answer", str(failure))]
+            reason = failure.reason if isinstance(failure, Refusal) else str(failure)
+            return [Step("signature", False, "no answer", reason)]
         error = answer.error
         if error is not None and error.type in SIGNATURE_ERRORS:
             return [
@@ -213,7 +214,7 @@ class Check:
                 self._settings.upstream.proxy,
             )
         except (PresignError, CredentialsUnavailable) as error:
-            return [Step.failed("server", "SageMaker does not tell its state", str(error), good=None)]
+            return [Step.failed("server", "SageMaker does not tell its state", error.reason, good=None)]
         advice = "" if told.running else _start_advice(self._target)
         return [
             Step("server", told.running, f"{told.name} is {told.status}", advice),
@@ -275,4 +276,4 @@ def presign(settings: Settings, name: str, *, link_expires: int, session_expires
     try:
         return asyncio.run(link())
     except (PresignError, CredentialsUnavailable) as error:
-        raise click.ClickException(str(error)) from None
+        raise click.ClickException(error.reason) from None

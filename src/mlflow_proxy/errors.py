@@ -2,6 +2,10 @@
 
 `{"error_code": …, "message": …, "request_id": …}`: the error codes are MLflow's, so that a client raises the same
 exception it would raise for MLflow's own answer; the message is for the person who reads it.
+
+MLflow's clients (2.8 to 3.17) repeat 408, 429, 500, 502, 503 and 504 for half a minute and then hide the message. So
+those are for what passes by itself; what waits for the operator is 501, which clients show at once, as curl and Go's
+retryablehttp do, and which alarms and load balancers still count as the server's fault, unlike any 4xx.
 """
 
 from __future__ import annotations
@@ -15,6 +19,9 @@ Headers = list[tuple[bytes, bytes]]
 # In answers of the proxy's own: no browser guesses another type, nor shows it in a frame.
 NO_SNIFFING = (b"x-content-type-options", b"nosniff")
 NO_FRAMES = (b"x-frame-options", b"DENY")
+# The status and error code of what only the operator can mend.
+NEEDS_OPERATOR = 501
+NEEDS_OPERATOR_CODE = "INVALID_STATE"
 
 # HTTP status → error code of MLflow's protocol (mlflow.protos.databricks_pb2.ErrorCode).
 _CODES = {
@@ -40,8 +47,10 @@ _CODES = {
 class Refusal(Exception):
     """Ends a request with `status`. `message` says what is wrong and what to do; it is shown to the caller.
 
-    `retry_after` is in seconds. `close` ends the connection, since an unread body would follow. `detail` goes into the
-    log only. `limit` names the limit that refused, if one did.
+    So it is made of our own words and the caller's; whatever else is known (IAM principals, ARNs, addresses, texts of
+    AWS or of exceptions) belongs in `detail`, which goes into the log only. `in_log`: only the operator can act on it,
+    so the caller is told under which request id the log has the detail. `retry_after` is in seconds. `close` ends the
+    connection, since an unread body would follow. `limit` names the limit that refused, if one did.
     """
 
     def __init__(
@@ -54,6 +63,7 @@ class Refusal(Exception):
         headers: Iterable[tuple[str, str]] = (),
         close: bool = False,
         detail: str | None = None,
+        in_log: bool = False,
         limit: str = "",
     ) -> None:
         super().__init__(message)
@@ -64,7 +74,13 @@ class Refusal(Exception):
         self.headers = tuple(headers)
         self.close = close
         self.detail = detail
+        self.in_log = in_log
         self.limit = limit
+
+    @property
+    def reason(self) -> str:
+        """What the operator reads."""
+        return self.detail or self.message
 
     def again(self) -> Refusal:
         """A new one that says the same: raised twice, one object would gather the tracebacks of all its requests."""
@@ -76,12 +92,16 @@ class Refusal(Exception):
             headers=self.headers,
             close=self.close,
             detail=self.detail,
+            in_log=self.in_log,
             limit=self.limit,
         )
 
     def answer(self, request_id: str) -> tuple[int, Headers, bytes]:
         """Status, headers and body to send."""
-        body = error_body(self.error_code, self.message, request_id)
+        message = self.message
+        if self.in_log:  # in the message, since MLflow's clients show nothing else of the body
+            message = f"{message} The proxy's operator finds the reason in its log, under the request id {request_id}."
+        body = error_body(self.error_code, message, request_id)
         headers: Headers = [
             (b"content-type", b"application/json"),
             (b"content-length", b"%d" % len(body)),

@@ -40,7 +40,7 @@ from mlflow_proxy.settings import Settings
 from mlflow_proxy.targets import Target
 from mlflow_proxy.telemetry.audit import AuditLog
 from mlflow_proxy.telemetry.metrics import Metrics, State
-from mlflow_proxy.telemetry.record import AUTH_FAILURES, Record, RequestLog
+from mlflow_proxy.telemetry.record import AUTH_FAILURES, Record, RequestLog, cut_error
 from mlflow_proxy.watch import CallerWatch
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ class Gateway:
             record.upstream_error = "cut" if isinstance(error, UpstreamError) else ""
         except Exception:
             logger.exception("request %s failed", record.request_id)
-            await _refuse(send, Refusal(500, "The proxy failed; its log has the reason."), record)
+            await _refuse(send, Refusal(500, "The proxy failed.", in_log=True), record)
         finally:
             watch.close()
             self._keep(record)
@@ -153,6 +153,8 @@ class Gateway:
             record.trace.end(record)
         if self._log is not None:
             self._log.write(record)
+        elif record.error and (record.status >= 500 or record.upstream_error == "aws"):  # callers are told to ask here
+            logger.warning("request %s: %d: %s", record.request_id, record.status, cut_error(record.error))
 
     def _is_news(self, record: Record) -> bool:
         """Whether nobody wrote it down already: the sign-in has audit lines of its own, and of an address that is
@@ -345,7 +347,7 @@ def _body_broke_off() -> Refusal:
 
 
 async def _refuse(send: Send, refusal: Refusal, record: Record) -> None:
-    record.error = refusal.detail or refusal.message
+    record.error = refusal.reason
     record.limit = refusal.limit or record.limit
     if record.status:  # an answer has begun
         return

@@ -29,10 +29,14 @@ _LARGE_READ = 64 * 1024
 
 
 class UpstreamError(Exception):
-    """An exchange that came to nothing. `begun`: the answer had begun, so the request was surely received."""
+    """An exchange that came to nothing. `begun`: the answer had begun, so the request was surely received.
 
-    def __init__(self, message: str, *, begun: bool = False) -> None:
-        super().__init__(message)
+    `words` are our own, and fit for callers; `detail` is what others said (the system, TLS, the upstream), for the log.
+    """
+
+    def __init__(self, words: str, *, begun: bool = False, detail: str = "") -> None:
+        super().__init__(f"{words} ({detail})" if detail else words)
+        self.words = words
         self.begun = begun
 
 
@@ -240,7 +244,7 @@ class Connection(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
-            self._fail(BrokenAnswer(f"not a valid HTTP answer ({error})", begun=True))
+            self._fail(BrokenAnswer("not a valid HTTP answer", begun=True, detail=str(error)))
             self.abort()
             return
         if not self._head_done and self._head_bytes > HEAD_LIMIT:
@@ -293,11 +297,13 @@ class Connection(asyncio.Protocol):
             self.complete = True  # an answer without length ends with the connection (RFC 9112 section 6.3)
             self._wake()
             return
-        reason = f" ({error})" if error else ""
+        reason = str(error) if error else ""
         if self._head_done:
-            self._fail(BrokenAnswer(f"the connection was closed in the middle of the answer{reason}", begun=True))
+            closed = "the connection was closed in the middle of the answer"
+            self._fail(BrokenAnswer(closed, begun=True, detail=reason))
         else:
-            self._fail(Disconnected(f"the connection was closed without an answer{reason}", begun=self._head_bytes > 0))
+            closed = "the connection was closed without an answer"
+            self._fail(Disconnected(closed, begun=self._head_bytes > 0, detail=reason))
 
     def _framed(self) -> bool:
         return any(name.lower() in (b"content-length", b"transfer-encoding") for name, _ in self.headers)

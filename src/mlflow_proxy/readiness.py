@@ -9,7 +9,7 @@ import asyncio
 import json
 import time
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from mlflow_proxy.aws.credentials import CredentialStore
 from mlflow_proxy.errors import Refusal
@@ -27,6 +27,13 @@ _FAILURE_AGE = 2.0
 _PROBE_DEADLINE = 8.0
 
 
+class NotReady(NamedTuple):
+    """Why a target is not ready: `words` for anybody who may know of it, and `reason` for the operator."""
+
+    words: str
+    reason: str
+
+
 class Readiness:
     """Judges the targets of one worker."""
 
@@ -35,55 +42,63 @@ class Readiness:
         self._sender = sender
         self._credentials = credentials
         self._max_age = max_age
-        self._failures: dict[str, tuple[float, str]] = {}
+        self._failures: dict[str, tuple[float, NotReady]] = {}
         self._locks = {target.name: asyncio.Lock() for target in self._targets}
 
-    async def report(self) -> tuple[bool, dict[str, Any]]:
-        """Whether all targets are ready, and the reasons, as JSON-able values."""
-        states = await asyncio.gather(*(self._state(target) for target in self._targets))
+    async def report(self, *, for_operator: bool) -> tuple[bool, dict[str, Any]]:
+        """Whether all targets are ready, and why not, as JSON-able values. Only operators get the whole reasons."""
+        states = await asyncio.gather(*(self._state(target, for_operator=for_operator) for target in self._targets))
         ready = all(state["ready"] for state in states)
         named = {target.name: state for target, state in zip(self._targets, states, strict=True)}
         return ready, {"ready": ready, "targets": named}
 
-    async def _state(self, target: Target) -> dict[str, Any]:
-        reason = await self._reason(target)
+    async def _state(self, target: Target, *, for_operator: bool) -> dict[str, Any]:
+        failure = await self._failure(target)
         status = self._credentials.status(target)
         remaining = None if status.expires_at is None else max(0, round(status.expires_at - time.time()))
         return {
-            "ready": reason is None,
-            "reason": reason,
+            "ready": failure is None,
+            "reason": failure and (failure.reason if for_operator else failure.words),
             "mode": target.arn.mode.resource_type,
             "credentials": {"usable": status.usable, "provider": status.provider, "expires_in_seconds": remaining},
             "clock_offset_seconds": round(self._sender.clock_offset(target)),
         }
 
-    async def _reason(self, target: Target) -> str | None:
+    async def _failure(self, target: Target) -> NotReady | None:
         """Why a target is not ready; None if it is."""
         async with self._locks[target.name]:
             now = time.monotonic()
             if now - self._sender.last_success.get(target.name, -self._max_age) < self._max_age:
                 status = self._credentials.status(target)
-                return None if status.usable else f"no valid AWS credentials: {status.error}"
-            failed_at, reason = self._failures.get(target.name, (-_FAILURE_AGE, ""))
+                words = "no valid AWS credentials"
+                return None if status.usable else NotReady(words, f"{words}: {status.error}")
+            failed_at, known = self._failures.get(target.name, (-_FAILURE_AGE, None))
             if now - failed_at < _FAILURE_AGE:
-                return reason
+                return known
             failure = await self._probe(target)
             if failure is not None:
                 self._failures[target.name] = (time.monotonic(), failure)
             return failure
 
-    async def _probe(self, target: Target) -> str | None:
+    async def _probe(self, target: Target) -> NotReady | None:
         """Send a signed request; None if MLflow answered it."""
         try:
             async with asyncio.timeout(_PROBE_DEADLINE):
                 answer = await self._sender.ask(target, PROBE, Payload.of(PROBE_BODY))
         except TimeoutError:
-            return f"no answer within {_PROBE_DEADLINE:g} s"
-        except (Refusal, UpstreamError) as error:
-            return str(error)
+            words = f"no answer within {_PROBE_DEADLINE:g} s"
+            return NotReady(words, words)
+        except UpstreamError as error:
+            return NotReady(error.words, str(error))
+        except Refusal as refusal:
+            return NotReady(refusal.message, refusal.reason)
         if answer.error is not None:
-            return answer.error.refusal().message
-        return None if answer.status < 400 else f"MLflow answered {answer.status}: {mlflow_message(answer.body)}"
+            answered = answer.error.refusal()
+            return NotReady(answered.message, answered.reason)
+        if answer.status >= 400:
+            words = f"MLflow answered {answer.status}"
+            return NotReady(words, f"{words}: {mlflow_message(answer.body)}")
+        return None
 
 
 def mlflow_message(body: bytes) -> str:

@@ -17,7 +17,7 @@ from mlflow_proxy.aws import errors as aws
 from mlflow_proxy.aws.credentials import Credentials, CredentialStore, CredentialsUnavailable
 from mlflow_proxy.aws.role_sessions import RoleSession
 from mlflow_proxy.deadlines import Deadlines, Timeout
-from mlflow_proxy.errors import Refusal
+from mlflow_proxy.errors import NEEDS_OPERATOR, NEEDS_OPERATOR_CODE, Refusal
 from mlflow_proxy.http1 import AnswerTimeout, Connection, UpstreamError
 from mlflow_proxy.limits.pace import Pace
 from mlflow_proxy.relay import Headers, upstream_request_id
@@ -149,13 +149,13 @@ class Sender:
             line.pace.count()
 
     async def prepare(self, target: Target, session: RoleSession) -> None:
-        """Wait until there are credentials of a caller's role session. Raises Refusal 503."""
+        """Wait until there are credentials of a caller's role session. Raises Refusal: 501 or 503."""
         pending = self._credentials.obtain(target, session)
         if pending is not None:
             try:
                 await pending
             except CredentialsUnavailable as unavailable:
-                raise _no_credentials(target, unavailable) from None
+                raise unavailable.refusal(target.name) from None
 
     def _note(self, target: Target, answer: Answer, session: RoleSession | None) -> None:
         if session is not None and answer.status == 403:
@@ -216,7 +216,7 @@ class Sender:
         try:
             credentials = self._credentials.get(line.target, session)
         except CredentialsUnavailable as unavailable:
-            raise _no_credentials(line.target, unavailable) from None
+            raise unavailable.refusal(line.target.name) from None
         if record.trace is not None:
             endpoint = line.target.endpoint
             request = request._replace(headers=record.trace.upstream(request.headers, endpoint.host, endpoint.port))
@@ -285,10 +285,6 @@ class Sender:
             return False
 
 
-def _no_credentials(target: Target, unavailable: CredentialsUnavailable) -> Refusal:
-    return Refusal(503, f"No AWS credentials for {target.name}: {unavailable}", retry_after=5)
-
-
 def _kind(error: UpstreamError) -> str:
     """The failure's name in metrics and traces."""
     if isinstance(error, Busy):
@@ -299,12 +295,22 @@ def _kind(error: UpstreamError) -> str:
 
 
 def _refusal(target: Target, error: UpstreamError) -> Refusal:
-    """What a caller is told about an upstream failure; the detail goes into the log."""
-    where = f"SageMaker MLflow ({target.name}, {target.endpoint.authority})"
-    if isinstance(error, Busy):
-        return Refusal(503, f"Too many requests to {target.name} at once: {error}.", retry_after=1, detail=str(error))
-    if isinstance(error, AnswerTimeout):
-        return Refusal(504, f"{where} gave {error}.", detail=str(error))
-    if isinstance(error, NotConnected):
-        return Refusal(502, f"{where} cannot be reached: {error}.", retry_after=1, detail=str(error))
-    return Refusal(502, f"{where} broke off: {error}.", detail=str(error))
+    """What a caller is told about an upstream failure, and where and how it happened for the log."""
+    where, place = f"SageMaker MLflow ({target.name})", target.endpoint.authority
+    match error:
+        case Busy():
+            return Refusal(503, f"Too many requests to {target.name} at once: {error.words}.", retry_after=1)
+        case AnswerTimeout():
+            return Refusal(504, f"{where} gave {error.words}.", detail=f"{place} gave {error}")
+        case NotConnected(lasting=True):
+            return Refusal(
+                NEEDS_OPERATOR,
+                f"{where} cannot be reached, and trying again will not help: {error.words}.",
+                error_code=NEEDS_OPERATOR_CODE,
+                detail=f"{place} cannot be reached: {error}",
+                in_log=True,
+            )
+        case NotConnected():
+            words, detail = f"{where} cannot be reached: {error.words}.", f"{place} cannot be reached: {error}"
+            return Refusal(502, words, retry_after=1, detail=detail, in_log=True)
+    return Refusal(502, f"{where} broke off: {error.words}.", detail=f"{place} broke off: {error}", in_log=True)

@@ -12,6 +12,7 @@ from urllib.parse import unquote, urlsplit
 from mlflow_proxy.http1 import Connection
 
 _ANSWER_LIMIT = 64 * 1024
+_FORBIDDEN = re.compile(r"HTTP/1\.\d 40[137](?: |$)")
 _SUCCESS = re.compile(r"HTTP/1\.\d 2\d\d(?: |$)")  # any 2xx opens the tunnel
 
 
@@ -20,7 +21,7 @@ async def open_tunnel(
 ) -> Connection:
     """Connect `connection` to `host` through `proxy`, with TLS to `host` inside the tunnel if `tls` is given.
 
-    Raises OSError if the proxy cannot be reached or refuses; the caller sets the deadline.
+    Raises OSError if the proxy cannot be reached, TunnelRefused if it refuses; the caller sets the deadline.
     """
     loop = asyncio.get_running_loop()
     parts = urlsplit(proxy)
@@ -36,7 +37,7 @@ async def open_tunnel(
         # uvloop tells the protocol of the new transport itself; asyncio does not.
         secured = await loop.start_tls(transport, connection, tls, server_hostname=host)
         if secured is None:
-            raise OSError("the tunnel was closed during the TLS handshake")
+            raise TunnelRefused("the tunnel was closed during the TLS handshake")
         connection.connection_made(secured)
         return connection
     except BaseException:
@@ -51,6 +52,19 @@ def _request(host: str, port: int, user: str | None, password: str | None) -> by
         credentials = f"{unquote(user)}:{unquote(password or '')}"
         lines.append(f"proxy-authorization: Basic {base64.b64encode(credentials.encode()).decode()}")
     return "\r\n".join([*lines, "", ""]).encode()
+
+
+class TunnelRefused(OSError):
+    """The proxy on the way out let nothing through. `words` are our own; `detail` is what it said, for the log.
+
+    `lasting`: it wants other credentials, or does not let this host pass, so trying again cannot help.
+    """
+
+    def __init__(self, words: str, *, detail: str = "", lasting: bool = False) -> None:
+        super().__init__(f"{words} ({detail})" if detail else words)
+        self.words = words
+        self.detail = detail
+        self.lasting = lasting
 
 
 class _Tunnel(asyncio.Protocol):
@@ -81,11 +95,15 @@ class _Tunnel(asyncio.Protocol):
             if _SUCCESS.match(status) and self._answer.endswith(b"\r\n\r\n"):
                 self.opened.set_result(None)
             else:
-                self.opened.set_exception(OSError(f"the HTTP proxy refused the tunnel: {status[:200]}"))
+                lasting = _FORBIDDEN.match(status) is not None
+                refused = TunnelRefused(
+                    "the outgoing HTTP proxy refused the tunnel", detail=status[:200], lasting=lasting
+                )
+                self.opened.set_exception(refused)
         elif len(self._answer) > _ANSWER_LIMIT:
-            self.opened.set_exception(OSError("the HTTP proxy's answer is not HTTP"))
+            self.opened.set_exception(TunnelRefused("the outgoing HTTP proxy's answer is not HTTP"))
 
     def connection_lost(self, error: Exception | None) -> None:
         if not self.opened.done():
-            reason = f" ({error})" if error else ""
-            self.opened.set_exception(OSError(f"the HTTP proxy closed the connection{reason}"))
+            reason = str(error) if error else ""
+            self.opened.set_exception(TunnelRefused("the outgoing HTTP proxy closed the connection", detail=reason))

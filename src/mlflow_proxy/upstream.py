@@ -17,15 +17,21 @@ from mlflow_proxy.deadlines import Deadlines
 from mlflow_proxy.http1 import Connection, NotSent, UpstreamError
 from mlflow_proxy.settings import Upstream as UpstreamSettings
 from mlflow_proxy.targets import Target
-from mlflow_proxy.tunnel import open_tunnel
+from mlflow_proxy.tunnel import TunnelRefused, open_tunnel
 
 # Callers wait for a place before they come here (`limits`), and there are no more places than connections. Only the
 # proxy's own requests may find none free.
 _MOST_WAITING = 64
+# The resolver is sure that there is no such name, or no address for it, while EAI_AGAIN is the resolver's own trouble.
+_NO_SUCH_NAME = frozenset({socket.EAI_NONAME, socket.EAI_NODATA})
 
 
 class NotConnected(NotSent):
-    """No connection was made."""
+    """No connection was made. `lasting`: the configuration, or what the upstream shows, has to change first."""
+
+    def __init__(self, words: str, *, detail: str = "", lasting: bool = False) -> None:
+        super().__init__(words, detail=detail)
+        self.lasting = lasting
 
 
 class Busy(UpstreamError):
@@ -46,6 +52,7 @@ class Pool:
         self._open = 0
         self._sweeper: asyncio.TimerHandle | None = None
         self._closed = False
+        self._found = False  # whether there ever was a connection, so that the name exists
 
     @property
     def connections(self) -> int:
@@ -154,15 +161,15 @@ class Pool:
         self._open += 1
         try:
             async with asyncio.timeout(self._settings.connect_timeout):
-                return await self._dial()
+                connection = await self._dial()
+                self._found = True
+                return connection
         except TimeoutError:
             error = NotConnected(f"no connection within {self._settings.connect_timeout:g} s")
-        except ssl.SSLCertVerificationError as cause:
-            error = NotConnected(f"its TLS certificate is not trusted ({cause.verify_message})")
         except UnicodeError:
-            error = NotConnected("its host is not a DNS name; a label has at most 63 characters")
-        except (OSError, ssl.SSLError) as cause:
-            error = NotConnected(_in_words(cause))
+            error = NotConnected("its host is not a DNS name; a label has at most 63 characters", lasting=True)
+        except OSError as cause:
+            error = _not_connected(cause, found_before=self._found)
         except BaseException:
             self._lost_one()
             raise
@@ -209,10 +216,21 @@ def tls_context(ca_bundle: str | None) -> ssl.SSLContext:
     return context
 
 
-def _in_words(error: OSError) -> str:
-    """What callers may see of a failed connection: without the addresses of this network, which the text holds."""
-    if isinstance(error, socket.gaierror):
-        return "its name is not found"
-    if isinstance(error, ssl.SSLError) or not error.errno or error.errno < 0:
-        return str(error) or type(error).__name__
-    return os.strerror(error.errno).lower()
+def _not_connected(cause: OSError, *, found_before: bool) -> NotConnected:
+    """What became of an attempt to connect; the texts of others, which name this network's hosts, as its detail.
+
+    A name that exists nowhere is a mistake in the configuration, unless it was found before: then the resolver errs.
+    """
+    match cause:
+        case TunnelRefused():
+            return NotConnected(cause.words, detail=cause.detail, lasting=cause.lasting)
+        case socket.gaierror():
+            unknown = cause.errno in _NO_SUCH_NAME and not found_before
+            return NotConnected("its name is not found", detail=str(cause.strerror or ""), lasting=unknown)
+        case ssl.SSLCertVerificationError():
+            return NotConnected("its TLS certificate is not trusted", detail=cause.verify_message, lasting=True)
+        case ssl.SSLError():
+            return NotConnected("the TLS handshake failed", detail=str(cause))
+    if cause.errno and cause.errno > 0:
+        return NotConnected(os.strerror(cause.errno).lower())
+    return NotConnected("the connection failed", detail=str(cause) or type(cause).__name__)

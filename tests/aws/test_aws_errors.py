@@ -101,7 +101,8 @@ def test_throttling_by_type(name: str, status: int) -> None:
         assert not error.expired
         refusal = error.refusal()
         assert (refusal.status, refusal.error_code, refusal.retry_after) == (429, "REQUEST_LIMIT_EXCEEDED", 1)
-        assert "Rate exceeded" in refusal.message
+        assert refusal.message.endswith("Send requests more slowly, and try again later.")
+        assert "Rate exceeded" in refusal.reason
 
 
 @pytest.mark.parametrize(
@@ -141,8 +142,10 @@ def test_refusal(name: str, status: int, code: str, advice: str) -> None:
     assert error is not None
     refusal = error.refusal()
     assert (refusal.status, refusal.error_code) == (status, code)
-    assert refusal.message.startswith(f"SageMaker MLflow answered {name}: because")
-    assert advice in refusal.message
+    assert refusal.message.startswith(f"SageMaker MLflow answered {name}.")
+    assert "because" not in refusal.message
+    assert refusal.reason.startswith(f"SageMaker MLflow answered {name}: because")
+    assert advice in refusal.reason
     assert json.loads(refusal.answer("a" * 16)[2])["error_code"] == code
 
 
@@ -162,7 +165,7 @@ def test_recited_signature_is_cut() -> None:
         error = error_of({"message": message}, b"InvalidSignatureException", 403)
         assert error is not None
         assert "SECRETTOKEN" not in error.message
-        assert "SECRETTOKEN" not in error.refusal().message
+        assert "SECRETTOKEN" not in error.refusal().message + error.refusal().reason
     error = error_of({"message": recital}, b"InvalidSignatureException", 403)
     assert error is not None
     assert error.message == "The request signature we calculated does not match the signature you provided."

@@ -155,8 +155,11 @@ class TestErrors:
         with pytest.raises(PresignError) as caught:
             presign(arn, plane.aws)
         assert (caught.value.status, caught.value.error_code) == (403, "PERMISSION_DENIED")
+        assert f"sagemaker:{CALLS[arn]}" in caught.value.message
         for words in (f"sagemaker:{CALLS[arn]}", arn, "User: someone is not authorized"):
-            assert words in caught.value.message
+            assert words in caught.value.reason
+        for words in (arn, "User: someone"):
+            assert words not in caught.value.message
 
     @pytest.mark.parametrize(
         ("status", "code", "expected", "error_code"),
@@ -165,7 +168,8 @@ class TestErrors:
             (400, "ValidationException", 400, "INVALID_PARAMETER_VALUE"),
             (400, "ThrottlingException", 429, "REQUEST_LIMIT_EXCEEDED"),
             (400, "ExpiredTokenException", 503, "TEMPORARILY_UNAVAILABLE"),
-            (403, "UnrecognizedClientException", 503, "TEMPORARILY_UNAVAILABLE"),
+            (403, "UnrecognizedClientException", 501, "INVALID_STATE"),
+            (403, "InvalidSignatureException", 501, "INVALID_STATE"),
             (500, "InternalFailure", 502, "TEMPORARILY_UNAVAILABLE"),
         ],
     )
@@ -177,9 +181,10 @@ class TestErrors:
         assert len(plane.asked) <= 2
 
     def test_unreachable(self) -> None:
-        with pytest.raises(PresignError, match=f"{DEAD} cannot be reached") as caught:
+        with pytest.raises(PresignError, match=r"The SageMaker API cannot be reached\.") as caught:
             presign(SERVER, Aws(sagemaker_endpoint=DEAD))
         assert caught.value.status == 502
+        assert f"{DEAD} cannot be reached" in caught.value.reason
 
     def test_too_slow(self, plane: ControlPlane, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(sessions, "_READ_TIMEOUT", 0.2)
@@ -190,18 +195,20 @@ class TestErrors:
 
     def test_not_aws(self, plane: ControlPlane) -> None:
         plane.body = b"<html>Please sign in to the hotel's network</html>"
-        with pytest.raises(PresignError, match="not AWS's") as caught:
+        with pytest.raises(PresignError, match="Something else than the SageMaker API answered") as caught:
             presign(SERVER, plane.aws)
         assert caught.value.status == 502
+        assert "not AWS's" in caught.value.reason
         for arn in (SERVER, APP):
-            with pytest.raises(PresignError, match="not AWS's"):
+            with pytest.raises(PresignError) as caught:
                 describe(a_target(arn), KEYS, plane.aws)
+            assert "not AWS's" in caught.value.reason
 
     def test_secrets_stay_out(self, plane: ControlPlane) -> None:
         plane.fail(403, "InvalidSignatureException", "x-amz-security-token:test-token")
         with pytest.raises(PresignError) as caught:
             presign(SERVER, plane.aws)
-        assert "test-token" not in caught.value.message
+        assert "test-token" not in caught.value.message + caught.value.reason
 
 
 def test_model_is_botocores() -> None:
@@ -249,7 +256,7 @@ class TestLocalSageMaker:
         wrong = Credentials(keys.access_key, "wrong", keys.token, None, "env")
         with pytest.raises(PresignError) as caught:
             presign(sagemaker.tracking_arn, aws, keys=wrong)
-        assert caught.value.status == 503
+        assert caught.value.status == 501
 
     def test_server_that_no_policy_names(self, sagemaker: LocalSageMaker, aws: Aws, keys: Credentials) -> None:
         with pytest.raises(PresignError, match="sagemaker:CreatePresignedMlflowTrackingServerUrl") as caught:

@@ -22,11 +22,13 @@ def assert_is_error(stage: Stage, got: Answer, status: int, *words: str) -> None
     assert got.json["error_code"] == {502: "TEMPORARILY_UNAVAILABLE", 504: "DEADLINE_EXCEEDED"}[status]
     assert got.value("content-type") == "application/json"
     assert got.value("x-request-id") == got.json["request_id"]
-    for word in ("prod", f"127.0.0.1:{stage.upstream.port}", *words):
+    address = f"127.0.0.1:{stage.upstream.port}"
+    for word in ("prod", *words):
         assert word in got.json["message"]
+    assert address not in got.json["message"]
     line = stage.proxy.log_line(got.json["request_id"])
     assert (line["status"], line["target"]) == (status, "prod")
-    for word in words:
+    for word in (address, *words):
         assert word in line["error"]
 
 

@@ -144,7 +144,7 @@ def test_missing_aws_credentials_are_counted(tmp_path: Path) -> None:
     with serving(tmp_path, environ) as (proxy, key):
         headers = {"Authorization": f"Bearer {key}"}
         answer = requests.get(f"http://127.0.0.1:{proxy.port}{CALL}200", headers=headers, timeout=60)
-        assert answer.status_code == 503
+        assert answer.status_code == 501
         assert counted(request_line(proxy, answer)) == EVERY | {"Errors", "CredentialFailures"}
 
 

@@ -55,9 +55,10 @@ def test_two_targets_in_two_accounts(sagemaker: LocalSageMaker, control: Control
 def test_the_wrong_external_id(sagemaker: LocalSageMaker, control: Control, start: Start) -> None:
     proxy = start(wanted={"tracking": {}, "cross-account": {"external_id": "somebody-elses"}})
     answer = search(proxy, "/t/cross-account")
-    assert answer.status_code == 503
-    assert answer.json()["error_code"] == "TEMPORARILY_UNAVAILABLE"
-    assert sagemaker.roles["cross-account"] in answer.json()["message"]
+    assert answer.status_code == 501
+    assert answer.json()["error_code"] == "INVALID_STATE"
+    assert sagemaker.roles["cross-account"] not in answer.text
+    assert sagemaker.roles["cross-account"] in proxy.log_line(answer.headers["x-request-id"])["error"]
     assert search(proxy).status_code == 200
     status, targets = ready(proxy)
     assert status == 503
@@ -110,10 +111,14 @@ def test_credentials_revoked_early_are_renewed_unnoticed(
 def test_no_credentials_at_all(sagemaker: LocalSageMaker, start: Start) -> None:
     proxy = start({**sagemaker.environment(), **NO_KEYS}, {"tracking": {}})
     answer = search(proxy)
-    assert answer.status_code == 503
-    assert answer.headers["retry-after"] == "5"
-    assert answer.json()["error_code"] == "TEMPORARILY_UNAVAILABLE"
-    assert "No AWS credentials for tracking" in answer.json()["message"]
+    assert answer.status_code == 501
+    assert "retry-after" not in answer.headers
+    assert answer.json()["error_code"] == "INVALID_STATE"
+    assert "cannot obtain AWS credentials for the target tracking" in answer.json()["message"]
+    line = proxy.log_line(answer.headers["x-request-id"])
+    assert line["error"].startswith(
+        "No AWS credentials for tracking: the credential chain: no AWS credentials were found"
+    )
     status, targets = ready(proxy)
     assert status == 503
     assert "credentials" in targets["tracking"]["reason"]
@@ -160,7 +165,9 @@ def test_credentials_run_out(sagemaker: LocalSageMaker, start: Start, fragile: C
     time.sleep(10)
     answer = search(proxy)
     assert answer.status_code == 503
-    assert "No AWS credentials for tracking" in answer.json()["message"]
+    assert answer.headers["retry-after"] == "5"
+    assert "no valid AWS credentials for the target tracking at the moment" in answer.json()["message"]
+    assert fragile.url[:-1] in proxy.log_line(answer.headers["x-request-id"])["error"]
     status, targets = ready(proxy)
     assert (status, targets["tracking"]["ready"]) == (503, False)
     assert "credentials" in targets["tracking"]["reason"]
@@ -179,8 +186,13 @@ def test_a_role_that_may_only_read(sagemaker: LocalSageMaker, control: Control, 
     assert answer.headers["content-type"] == "application/json"
     error = answer.json()
     assert error["error_code"] == "PERMISSION_DENIED"
-    assert "sagemaker-mlflow:CreateExperiment" in error["message"]
-    assert sagemaker.tracking_arn in error["message"]
+    assert error["message"].startswith("SageMaker MLflow answered AccessDeniedException.")
+    assert sagemaker.tracking_arn not in answer.text
+    reason = proxy.log_line(error["request_id"])["error"]
+    assert (
+        f"is not authorized to perform: sagemaker-mlflow:CreateExperiment on resource: {sagemaker.tracking_arn}"
+        in reason
+    )
     assert error["request_id"] == answer.headers["x-request-id"]
 
 
@@ -190,7 +202,7 @@ def test_a_role_that_may_do_nothing(sagemaker: LocalSageMaker, control: Control,
     for target, action in (("", "sagemaker-mlflow:SearchExperiments"), ("/t/app", "sagemaker:CallMlflowAppApi")):
         answer = search(proxy, target)
         assert (answer.status_code, answer.json()["error_code"]) == (403, "PERMISSION_DENIED")
-        assert action in answer.json()["message"]
+        assert action in proxy.log_line(answer.headers["x-request-id"])["error"]
     status, targets = ready(proxy)
     assert status == 503
     assert "not authorized" in targets["tracking"]["reason"]
@@ -232,7 +244,8 @@ def test_a_stopped_server(control: Control, proxy: Proxy) -> None:
     control("POST", "servers/tracking/stop")
     answer = search(proxy)
     assert answer.status_code == 503
-    assert "Stopped" in answer.json()["message"]
+    assert "may be stopped" in answer.json()["message"]
+    assert "its status is Stopped" in proxy.log_line(answer.headers["x-request-id"])["error"]
     assert search(proxy, "/t/app").status_code == 200
     control("POST", "servers/tracking/start")
     assert search(proxy).status_code == 200

@@ -182,7 +182,7 @@ def test_a_line_is_what_json_makes_of_the_fields(
         "route": values["route"],
         "status": status,
         "resources": resources or {},
-        **({"reason": error if len(error) <= 500 else error[:500] + "…"} if error else {}),
+        **({"reason": error if len(error) <= 1000 else error[:1000] + "…"} if error else {}),
     }
     assert line == json.dumps(fields)
 

@@ -14,4 +14,7 @@ BAD_SIGNATURE = frozenset({"InvalidSignatureException", "SignatureDoesNotMatch"}
 # What credentials from the same source, fetched anew, cure.
 STALE = EXPIRED | UNKNOWN_KEY
 DENIED = frozenset({"AccessDenied", "AccessDeniedException", "UnauthorizedOperation"})
+# With these, "not now" is all that was said.
 THROTTLED = frozenset({"ThrottlingException", "Throttling", "TooManyRequestsException", "RequestLimitExceeded"})
+# Of STS's 4xx answers, those that another attempt may cure: the credential source may have newer ones by then.
+PASSING = THROTTLED | EXPIRED | {"IDPCommunicationError", "RequestTimeout", "RequestTimeoutException"}

@@ -117,7 +117,7 @@ class CredentialStore:
             source.used_at = now
             return credentials
         source.wake()
-        raise CredentialsUnavailable(source.reason())
+        raise source.unavailable()
 
     def obtain(self, target: Target, session: RoleSession | None) -> Awaitable[None] | None:  # noqa: ARG002
         """See to it that `get` has credentials for a caller's session: None if it has, else what to await for that.
@@ -138,7 +138,7 @@ class CredentialStore:
         source.begin_if_due()
         await _settled(source, _OBTAIN_DEADLINE)
         if not source.is_usable():
-            raise CredentialsUnavailable(source.reason())
+            raise source.unavailable()
 
     def _caller(self, session: RoleSession) -> Source:
         """The source of a caller's session, made if there is none yet. Raises CredentialsUnavailable if none may be."""
@@ -185,7 +185,7 @@ class CredentialStore:
         source.begin_if_due()
         await _settled(source, timeout)
         if source.error is not None:
-            raise CredentialsUnavailable(source.reason())
+            raise source.unavailable()
         return self.get(target, session)
 
     def status(self, target: Target) -> CredentialStatus:
@@ -220,7 +220,7 @@ class CredentialStore:
         try:
             return await self._threads.run(call, _FETCH_DEADLINE)
         except Exception as error:
-            raise CredentialsUnavailable(sessions.explain(error, self._aws)) from None
+            raise _unavailable(error, self._aws) from None
 
     async def _assume(self, role: RoleSession, threads: Threads) -> Credentials:
         async def ask(*, renew: bool) -> Credentials:
@@ -235,7 +235,7 @@ class CredentialStore:
                     raise
             return await ask(renew=True)
         except Exception as error:
-            raise CredentialsUnavailable(sessions.explain(error, self._aws, role)) from None
+            raise _unavailable(error, self._aws, role) from None
 
     async def _base(self, *, renew: bool) -> Credentials:
         """The chain's credentials, which roles are assumed with."""
@@ -243,7 +243,7 @@ class CredentialStore:
             self._chain.begin_if_due()
             await self._chain.settled()
         if self._chain.current is None or not self._chain.is_usable():
-            raise CredentialsUnavailable(self._chain.reason())
+            raise self._chain.unavailable()
         return self._chain.current
 
 
@@ -251,6 +251,10 @@ def _role(target: Target) -> RoleSession | None:
     if target.assume_role_arn is None:
         return None
     return RoleSession(target.assume_role_arn, target.external_id, target.arn.region, target.session_name)
+
+
+def _unavailable(error: Exception, aws: Aws, role: RoleSession | None = None) -> CredentialsUnavailable:
+    return CredentialsUnavailable(sessions.explain(error, aws, role), lasting=sessions.is_lasting(error))
 
 
 async def _settled(source: Source, timeout: float) -> None:  # noqa: ASYNC109  (used with no other waits)

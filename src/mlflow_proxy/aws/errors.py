@@ -1,7 +1,8 @@
 """Errors that AWS's front answers before a request reaches MLflow: what they are, and how a caller is told.
 
 They are JSON with the type in `x-amzn-errortype` or in `__type` (AWS restJson1 and awsJson1 protocols). MLflow's own
-errors have `error_code` and are nobody's business here.
+errors have `error_code` and are nobody's business here. AWS's texts name the proxy's principals, accounts and ARNs, so
+callers get the type and words of our own, and the log gets the text.
 """
 
 from __future__ import annotations
@@ -31,6 +32,20 @@ _ADVICE = {
     "ResourceNotFoundException": "Check the target's ARN, and whether it still exists.",
     "ThrottlingException": "Send requests more slowly, and try again later.",
 }
+_SIGNATURE = "It does not accept the signature or the AWS credentials of this proxy."
+# The same for callers.
+_TOLD = {
+    "AccessDeniedException": "The AWS identity that this proxy signs with for you may not do this.",
+    "InvalidSignatureException": _SIGNATURE,
+    "MissingAuthenticationTokenException": _SIGNATURE,
+    "ExpiredTokenException": _SIGNATURE,
+    "UnrecognizedClientException": _SIGNATURE,
+    "ResourceNotFoundException": "It does not know this target.",
+}
+_UNSURE = "If this was a write, check whether it was carried out before you repeat it."
+_NOT_SERVED = "The target may be stopped, or in trouble that passes."
+# What AWS names a type; anything else is somebody's text, and not repeated.
+_NAME = re.compile(r"\w{1,100}", re.ASCII)
 _CODES = {400: "BAD_REQUEST", 403: "PERMISSION_DENIED", 404: "RESOURCE_DOES_NOT_EXIST"}
 
 
@@ -62,15 +77,17 @@ class AwsError(NamedTuple):
         return _ADVICE.get(self.type, "")
 
     def refusal(self) -> Refusal:
-        """The same in MLflow's shape, with advice, for a caller that knows nothing of AWS."""
-        words = f"SageMaker MLflow answered {self.type}: {self.message.rstrip('.') or 'no message'}."
-        if self.throttled and not self.not_done:
-            words = f"{words} If this was a write, check whether it was carried out before you repeat it."
+        """The same in MLflow's shape, for a caller that knows nothing of AWS; its detail is AWS's text with advice."""
+        words = f"SageMaker MLflow answered {self.type if _NAME.fullmatch(self.type) else 'with an error'}."
+        detail = f"SageMaker MLflow answered {self.type}: {self.message.rstrip('.') or 'no message'}."
         if self.throttled:
-            return Refusal(429, f"{words} {_ADVICE['ThrottlingException']}", retry_after=1)
+            unsure = "" if self.not_done else f"{_UNSURE} "
+            return Refusal(429, f"{words} {unsure}{_ADVICE['ThrottlingException']}", retry_after=1, detail=detail)
         if self.advice:
-            words = f"{words} {self.advice} On its host, `mlflow-proxy check` tells more."
-        return Refusal(self.status, words, error_code=_CODES.get(self.status))
+            detail = f"{detail} {self.advice} On its host, `mlflow-proxy check` tells more."
+        told = _TOLD.get(self.type) or (_NOT_SERVED if self.status >= 500 else "")
+        message = f"{words} {told}" if told else words
+        return Refusal(self.status, message, error_code=_CODES.get(self.status), detail=detail, in_log=True)
 
 
 def aws_error(status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> AwsError | None:

@@ -15,7 +15,7 @@ from botocore.parsers import ResponseParserError
 
 from mlflow_proxy.aws import codes, sessions
 from mlflow_proxy.aws.sessions import Credentials
-from mlflow_proxy.errors import Refusal
+from mlflow_proxy.errors import NEEDS_OPERATOR, NEEDS_OPERATOR_CODE, Refusal
 from mlflow_proxy.settings import Aws
 from mlflow_proxy.targets import Mode, Target
 
@@ -27,7 +27,10 @@ T = TypeVar("T")
 
 
 class PresignError(Refusal):
-    """SageMaker did not do what was asked. `status`, `error_code` (MLflow's) and `message` are the answer to give."""
+    """SageMaker did not do what was asked. `status`, `error_code` (MLflow's) and `message` are the answer to give.
+
+    `reason` is for the operator.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,36 +121,53 @@ def _call(action: str, target: Target, aws: Aws, call: Callable[[], T]) -> T:
     except ClientError as error:
         raise _refusal(action, target, error) from None
     except (ReadTimeoutError, ConnectTimeoutError) as error:
-        raise PresignError(504, f"SageMaker API: {sessions.explain_connection(error)}") from None
+        reason = sessions.explain_connection(error)
+        raise _failed(504, "The SageMaker API did not answer in time.", f"SageMaker API: {reason}") from None
     except (BotoCoreError, ResponseParserError) as error:
-        raise PresignError(502, f"SageMaker API: {sessions.explain(error, aws)}") from None
+        reason = sessions.explain(error, aws)
+        if sessions.is_lasting(error):
+            raise _needs_operator("The SageMaker API cannot be used.", f"SageMaker API: {reason}") from None
+        raise _failed(502, "The SageMaker API cannot be reached.", f"SageMaker API: {reason}") from None
     except KeyError:  # botocore takes a page of HTML for an answer without fields
-        raise PresignError(502, f"SageMaker API: {sessions.NOT_AWS}") from None
+        words = "Something else than the SageMaker API answered."
+        raise _failed(502, words, f"SageMaker API: {sessions.NOT_AWS}") from None
+
+
+def _failed(status: int, message: str, reason: str, *, error_code: str | None = None) -> PresignError:
+    return PresignError(status, message, error_code=error_code, detail=reason, in_log=True)
+
+
+def _needs_operator(message: str, reason: str) -> PresignError:
+    return _failed(NEEDS_OPERATOR, message, reason, error_code=NEEDS_OPERATOR_CODE)
 
 
 def _refusal(action: str, target: Target, error: ClientError) -> PresignError:
     code = sessions.error_code(error)
     details: Mapping[str, Any] = error.response.get("Error", {})
     if code in codes.DENIED:
-        return PresignError(
-            403,
-            f"the proxy's AWS identity may not do sagemaker:{action}; allow it on {target.arn.text}. "
-            f"AWS says: {details.get('Message', '')}",
-        )
+        denied = f"the proxy's AWS identity may not do sagemaker:{action}"
+        said = details.get("Message", "")
+        return _failed(403, f"{denied}.", f"{denied}; allow it on {target.arn.text}. AWS says: {said}")
     if code in ("ResourceNotFound", "ResourceNotFoundException"):
-        return PresignError(
+        return _failed(
             404,
+            f"SageMaker does not know the target {target.name}.",
             f"SageMaker knows no {target.arn.text}; compare the target's ARN with the console",
             error_code="RESOURCE_DOES_NOT_EXIST",
         )
     if code in ("ValidationException", "ConflictException"):
-        return PresignError(
-            400, f"SageMaker refused {action}: {details.get('Message', code)}", error_code="INVALID_PARAMETER_VALUE"
-        )
+        reason = f"SageMaker refused {action}: {details.get('Message', code)}"
+        return _failed(400, f"SageMaker refused {action} ({code}).", reason, error_code="INVALID_PARAMETER_VALUE")
     if code in codes.THROTTLED:
         return PresignError(429, f"SageMaker throttles {action}; try again in a moment", retry_after=2)
     if code in codes.STALE | codes.BAD_SIGNATURE:
-        return PresignError(
-            503, f"SageMaker refused the proxy's AWS credentials ({code}); `mlflow-proxy check` tells more"
-        )
-    return PresignError(502, f"SageMaker answered {action} with {code or 'an unreadable error'}; try again later")
+        return _credentials_refused(code)
+    reason = f"SageMaker answered {action} with {code or 'an unreadable error'}; try again later"
+    return _failed(502, f"SageMaker answered {action} with an error. Try again later.", reason)
+
+
+def _credentials_refused(code: str) -> PresignError:
+    reason = f"SageMaker refused the proxy's AWS credentials ({code}); `mlflow-proxy check` tells more"
+    if code in codes.EXPIRED:
+        return _failed(503, "SageMaker refused the proxy's AWS credentials as expired. Try again later.", reason)
+    return _needs_operator("SageMaker does not accept the proxy's AWS credentials.", reason)

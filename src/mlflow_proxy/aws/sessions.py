@@ -27,6 +27,7 @@ from botocore.parsers import ResponseParserError
 
 from mlflow_proxy.aws import codes
 from mlflow_proxy.aws.role_sessions import RoleSession
+from mlflow_proxy.errors import NEEDS_OPERATOR, NEEDS_OPERATOR_CODE, Refusal
 from mlflow_proxy.settings import Aws
 
 if TYPE_CHECKING:
@@ -41,6 +42,24 @@ _ATTEMPTS = 2
 _PROCESS_DEADLINE = 20
 # Counted as the life of credentials that refresh themselves but don't tell when; the shortest that AWS gives.
 _UNKNOWN_LIFETIME = 15 * 60
+# What botocore raises for a configuration, or a person's login, that is not there or not right.
+_CONFIGURATION_ERRORS = (
+    failures.ProfileNotFound,
+    failures.PartialCredentialsError,
+    failures.ConfigParseError,
+    failures.InvalidConfigError,
+    failures.ParamValidationError,
+    failures.RefreshWithMFAUnsupportedError,
+    failures.SSOError,
+    failures.TokenRetrievalError,
+    failures.NoAuthTokenError,
+    failures.LoginError,
+    FileNotFoundError,
+    NotADirectoryError,
+    IsADirectoryError,
+    PermissionError,
+)
+_PASSING_STATUSES = frozenset({408, 429})
 NOT_AWS = "the answer was not AWS's; check the endpoint, and what stands between this machine and AWS"
 _IMDS = "http://169.254.169.254"
 _CONTAINER = "http://169.254.170.2"
@@ -72,11 +91,34 @@ class Credentials:
 
 
 class CredentialsUnavailable(Exception):
-    """There are no usable credentials. `reason` says what failed and what to do next, and holds no secret."""
+    """There are no usable credentials. `reason` tells the operator what failed and what to do, and holds no secret.
 
-    def __init__(self, reason: str) -> None:
+    `lasting`: it takes somebody's hand to change that, so repeating a request cannot help.
+    """
+
+    def __init__(self, reason: str, *, lasting: bool = False) -> None:
         super().__init__(reason)
         self.reason = reason
+        self.lasting = lasting
+
+    def refusal(self, target: str) -> Refusal:
+        """What a caller is told whose request to `target` cannot be signed."""
+        detail = f"No AWS credentials for {target}: {self.reason}"
+        if self.lasting:
+            return Refusal(
+                NEEDS_OPERATOR,
+                f"The proxy cannot obtain AWS credentials for the target {target}, and trying again will not help.",
+                error_code=NEEDS_OPERATOR_CODE,
+                detail=detail,
+                in_log=True,
+            )
+        return Refusal(
+            503,
+            f"The proxy has no valid AWS credentials for the target {target} at the moment. Try again later.",
+            retry_after=5,
+            detail=detail,
+            in_log=True,
+        )
 
 
 def from_chain(aws: Aws, *, region: str, proxy: str | None = None) -> Credentials:
@@ -97,7 +139,7 @@ def from_chain(aws: Aws, *, region: str, proxy: str | None = None) -> Credential
     _call_instance_metadata_directly(session)
     found = session.get_credentials()
     if found is None:
-        raise CredentialsUnavailable(_nothing_found(aws, os.environ))
+        raise CredentialsUnavailable(_nothing_found(aws, os.environ), lasting=True)
     frozen = found.get_frozen_credentials()  # deferred providers (SSO, roles of a profile) fetch only now
     return Credentials(
         access_key=frozen.access_key,
@@ -238,6 +280,23 @@ def explain(error: BaseException, aws: Aws, role: RoleSession | None = None) -> 
     if isinstance(error, failures.ClientError):
         return _explain_answer(error, aws, role)
     return explain_connection(error) or _explain_provider(error, aws)
+
+
+def is_lasting(error: BaseException) -> bool:
+    """Whether a failure to get credentials ends only by somebody's hand: denied, unknown to AWS, or not set up right.
+
+    In doubt it passes: a program that repeats for nothing loses half a minute, one that gives up too early its run.
+    """
+    match error:
+        case CredentialsUnavailable():
+            return error.lasting
+        case failures.ClientError():
+            status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 400)
+            return 400 <= status < 500 and status not in _PASSING_STATUSES and error_code(error) not in codes.PASSING
+        case failures.SSLError():
+            return "CERTIFICATE_VERIFY_FAILED" in str(error)
+        case _:
+            return isinstance(error, _CONFIGURATION_ERRORS)
 
 
 def explain_connection(error: BaseException) -> str | None:

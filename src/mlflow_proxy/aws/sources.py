@@ -56,6 +56,7 @@ class Source:
         self._fetched_at = 0.0  # seconds since the epoch, of what is current
         self._ended = -math.inf  # of the last fetch, by the loop's clock
         self._failed = 0  # fetches in a row
+        self._lasting = False  # what the last failure was
         self._closed = False
 
     @property
@@ -91,6 +92,10 @@ class Source:
             return f"{self.name}: the credentials have expired and are being renewed"
         return f"{self.name}: {self.error}"
 
+    def unavailable(self) -> CredentialsUnavailable:
+        """The same, to be raised."""
+        return CredentialsUnavailable(self.reason(), lasting=self.error is not None and self._lasting)
+
     def wake(self) -> None:
         """Fetch, unless that is being done or was done moments ago. From any thread."""
         if self._loop is not None and not self._closed:
@@ -125,7 +130,7 @@ class Source:
         try:
             delay = self._accept(await self._fetch())
         except CredentialsUnavailable as error:
-            delay = self._reject(error.reason)
+            delay = self._reject(error.reason, lasting=error.lasting)
         except Exception:  # its text may hold a secret; and without a timer nothing would ever be fetched again
             delay = self._reject(_UNEXPLAINED)
         self._ended = loop.time()
@@ -151,8 +156,9 @@ class Source:
         logger.log(level, "credentials of %s: %s from %s, %s", self.name, fetched.access_key, fetched.provider, lasts)
         return _renewal_delay(fetched, now, rotated=rotated)
 
-    def _reject(self, reason: str) -> float:
+    def _reject(self, reason: str, *, lasting: bool = False) -> float:
         self.error = reason
+        self._lasting = lasting
         self._failed += 1
         delay = _backoff(self._failed)
         if self._drop is not None and not self.is_usable():

@@ -109,7 +109,7 @@ def _flask(portal: Portal) -> Flask:
     @app.errorhandler(Refusal)
     def _refused(refusal: Refusal) -> Response:
         record = g.visit.record
-        record.error, record.limit = refusal.detail or refusal.message, refusal.limit
+        record.error, record.limit = refusal.reason, refusal.limit
         status, headers, body = refusal.answer(g.request_id)
         sent = [(name.decode(), value.decode("latin-1")) for name, value in headers if name != b"x-request-id"]
         return Response(body, status, sent)
@@ -124,6 +124,6 @@ def _flask(portal: Portal) -> Flask:
     @app.errorhandler(Exception)
     def _failed(error: Exception) -> Response:
         app.logger.exception("request %s failed", g.request_id, exc_info=error)
-        return _refused(Refusal(500, "The proxy failed; its log has the reason."))
+        return _refused(Refusal(500, "The proxy failed.", in_log=True))
 
     return app

@@ -27,7 +27,8 @@ def blueprint(portal: Portal) -> Blueprint:
     def overview() -> str:
         """What this proxy serves, for people: the targets they may see, with their state and the ways into their UI."""
         caller = g.visit.caller
-        _, report = portal.in_loop(parts.readiness.report())
+        operates = parts.policy.allows_own(caller, f"{OWN_PREFIX}GetReadiness")
+        _, report = portal.in_loop(parts.readiness.report(for_operator=operates))
         visible = parts.policy.visible(caller)
         targets = {name: state for name, state in report["targets"].items() if name in visible}
         return render_template(
@@ -40,7 +41,7 @@ def blueprint(portal: Portal) -> Blueprint:
             caller=None if caller == ANONYMOUS else caller.subject,
             roles=parts.policy.role_names(caller),
             may_sign_out=caller.way == "session",
-            sees_readiness=parts.policy.allows_own(caller, f"{OWN_PREFIX}GetReadiness"),
+            sees_readiness=operates,
             sees_metrics=parts.policy.allows_own(caller, f"{OWN_PREFIX}GetMetrics"),
             links={name for name in targets if parts.policy.allows_link(caller, name)},
         )
@@ -48,7 +49,9 @@ def blueprint(portal: Portal) -> Blueprint:
     @pages.get("/ready")
     def ready() -> tuple[Response, int]:
         """200 if every target is ready, else 503; the reason per target as JSON."""
-        is_ready, report = portal.in_loop(parts.readiness.report())
+        is_ready, report = portal.in_loop(parts.readiness.report(for_operator=True))
+        reasons = [f"{name}: {state['reason']}" for name, state in report["targets"].items() if not state["ready"]]
+        g.visit.record.error = "; ".join(reasons)
         return jsonify(report), 200 if is_ready else 503
 
     @pages.get("/metrics")

@@ -84,6 +84,6 @@ def blueprint(portal: Portal) -> Blueprint:
                 await pending
             return portal.parts.credentials.get(target, session)
         except CredentialsUnavailable as unavailable:
-            raise Refusal(503, f"No AWS credentials for {target.name}: {unavailable}", retry_after=5) from None
+            raise unavailable.refusal(target.name) from None
 
     return pages

@@ -28,8 +28,9 @@ _INTERVAL = 0.1
 _WHOLE = 1 << 20
 # Of what a caller chose, so much is written.
 _LONGEST = 256
-# Of an error, which may repeat what a caller or a service sent.
-_LONGEST_ERROR = 500
+# Of an error, which may repeat what a caller or a service sent. Callers are sent here for the reason of what the
+# operator has to mend, and the longest of those, with advice, have about 900 characters.
+_LONGEST_ERROR = 1000
 # What would end a line or steer a terminal, and what cannot be encoded.
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _TEXT = (
@@ -189,7 +190,7 @@ def cut(text: str) -> str:
 
 
 def cut_error(text: str) -> str:
-    """Why something failed, at most 500 characters of it, and an ellipsis if there was more."""
+    """Why something failed, at most 1000 characters of it, and an ellipsis if there was more."""
     return text if len(text) <= _LONGEST_ERROR else f"{text[:_LONGEST_ERROR]}…"
 
 

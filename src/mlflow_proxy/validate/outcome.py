@@ -68,7 +68,7 @@ def is_role_refusal(reply: Reply) -> bool:
 
 def is_down(reply: Reply) -> bool:
     """Whether there is no use in further calls for the same target."""
-    return reply.status in (429, 502, 503, 504)
+    return reply.status in (429, 501, 502, 503, 504)
 
 
 def _explained(reply: Reply) -> tuple[str, str]:
@@ -101,7 +101,7 @@ def _advice(reply: Reply) -> str:  # noqa: PLR0911  (a table)
         case 429:
             wait = reply.headers.get("retry-after", "")
             return f"Wait {f'{wait} s' if wait.isdigit() else 'a minute'}, and run this again; or raise the rate."
-        case 502 | 503 | 504:
+        case 501 | 502 | 503 | 504:
             return f"The proxy runs, but its target or its AWS credentials fail; {_CHECK}."
         case 500:
             return "The log of the proxy, or of MLflow, has the reason by this request id."
