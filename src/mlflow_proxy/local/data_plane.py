@@ -24,6 +24,8 @@ from .targets import Arn, Target
 _PRESIGNED = re.compile(r"/(ajax-)?api/2\.0/mlflow/artifacts/presigned-(upload|download)-url")
 # What MLflow answers where it has no route.
 _NO_ROUTE = NotFound()
+# Seconds that work may take to end after its caller has closed the connection.
+_ENDING = 0.2
 
 
 class DataPlane:
@@ -74,11 +76,16 @@ class DataPlane:
 
 
 async def unless_gone(work: Callable[[], Awaitable[None]], receive: Receive, entry: Entry) -> None:
-    """Do `work`, but stop when the caller closes its connection first, as a service would notice it."""
+    """Do `work`, but stop when the caller closes its connection first, as a service would notice it.
+
+    A caller may close as soon as it has the whole answer. That is not leaving, and the work then ends by itself at once.
+    """
     doing = asyncio.ensure_future(work())
     leaving = asyncio.ensure_future(_disconnected(receive))
     try:
         await asyncio.wait({doing, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not doing.done():
+            await asyncio.wait({doing}, timeout=_ENDING)
         if not doing.done():
             entry.verdict = "abandoned"
             doing.cancel()
