@@ -78,7 +78,7 @@ class DataPlane:
 async def unless_gone(work: Callable[[], Awaitable[None]], receive: Receive, entry: Entry) -> None:
     """Do `work`, but stop when the caller closes its connection first, as a service would notice it.
 
-    A caller may close as soon as it has the whole answer. That is not leaving, and the work then ends by itself at once.
+    A caller may close as soon as it has the whole answer. That is not leaving; the work then ends by itself, at once.
     """
     doing = asyncio.ensure_future(work())
     leaving = asyncio.ensure_future(_disconnected(receive))
