@@ -1,0 +1,1 @@
+"""The callers' side: connections, and the requests and answers on them."""
