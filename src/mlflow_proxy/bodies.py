@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any
 
 from mlflow_proxy.deadlines import Deadlines, Timeout
 from mlflow_proxy.errors import Refusal
 from mlflow_proxy.requests import Request
 from mlflow_proxy.settings import Server
 
-Receive = Callable[[], Awaitable[dict[str, Any]]]
+# Gives the next piece of a body, and nothing at its end.
+Receive = Callable[[], Awaitable[bytes]]
 
 # Below this, a caller is not slow but stalling: the deadline grows by a second for each of these.
 SLOWEST_RATE = 16 * 1024
@@ -23,10 +23,6 @@ SLOWEST_RATE = 16 * 1024
 
 # Chunks below this are gathered: kept singly, each would cost more memory than the bytes that the budget counts.
 SMALL_CHUNK = 4096
-
-
-class CallerGone(Exception):
-    """The caller closed the connection; nobody waits for an answer."""
 
 
 class Bodies:
@@ -56,17 +52,16 @@ class Bodies:
             with Timeout(self._deadlines, self._timeout) as deadline:
                 started = time.monotonic()
                 while True:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        raise CallerGone
-                    chunk = message.get("body", b"")
+                    chunk = await receive()
+                    if not chunk:
+                        break
                     size += len(chunk)
                     if size > limit:
                         raise self._too_large(limit)
                     if size > reserved:  # as bytes arrive: a stated length costs its sender nothing
                         reserved += self._reserve(size - reserved)
                     _keep(chunks, chunk)
-                    if size == declared or not message.get("more_body"):
+                    if size == declared:
                         break
                     whole = started + self._timeout + size / SLOWEST_RATE - time.monotonic()
                     deadline.extend(min(self._timeout, whole))

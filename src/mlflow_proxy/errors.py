@@ -110,8 +110,6 @@ class Refusal(Exception):
         ]
         if self.retry_after is not None:
             headers.append((b"retry-after", b"%d" % self.retry_after))
-        if self.close:
-            headers.append((b"connection", b"close"))
         headers += [(name.encode("ascii"), value.encode("latin-1")) for name, value in self.headers]
         return self.status, headers, body
 

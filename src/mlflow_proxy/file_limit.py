@@ -6,12 +6,8 @@ rest for the way to the targets and for itself.
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import os
 import resource
-import time
-from collections.abc import Callable
 
 from mlflow_proxy.settings import Settings
 
@@ -20,9 +16,6 @@ logger = logging.getLogger(__name__)
 # Of a worker itself: its loop, logs, own pages, and connections to STS, identity providers and storages.
 _OWN = 96
 _FEWEST = 16
-# Seconds between two looks, and between two lines that say the same.
-_INTERVAL = 1.0
-_REMIND = 60.0
 
 
 def raise_file_limit() -> float:
@@ -58,39 +51,3 @@ def warn_of_low_limit(settings: Settings, files: float, callers: int) -> None:
             targets,
             settings.upstream.connections,
         )
-
-
-class FullWatch:
-    """Says in the log when a worker holds as many connections of callers as it may, so that further ones wait."""
-
-    def __init__(self, callers: int, upstream: Callable[[], int]) -> None:
-        """`callers` is the bound, `upstream` tells how many connections to targets are open. In the loop that runs."""
-        self._callers = callers
-        self._upstream = upstream
-        self._own = _open_files() - upstream()
-        self._told = -_REMIND
-        self._loop = asyncio.get_running_loop()
-        self._timer = self._loop.call_later(_INTERVAL, self._look)
-
-    def close(self) -> None:
-        """Stop looking."""
-        self._timer.cancel()
-
-    def _look(self) -> None:
-        now = time.monotonic()
-        if now - self._told >= _REMIND and _open_files() - self._own - self._upstream() >= self._callers:
-            self._told = now
-            logger.warning(
-                "all %d connections of callers that this worker may hold are in use; further ones wait", self._callers
-            )
-        self._timer = self._loop.call_later(_INTERVAL, self._look)
-
-
-def _open_files() -> int:
-    """About how many files are open: a new one takes the lowest number that is free."""
-    try:
-        free = os.dup(2)
-    except OSError:
-        return int(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-    os.close(free)
-    return free

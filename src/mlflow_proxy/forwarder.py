@@ -14,12 +14,12 @@ from mlflow_proxy.access.actions import Action, action_of
 from mlflow_proxy.access.caller import Caller
 from mlflow_proxy.access.identity import Identity
 from mlflow_proxy.access.policy import UNKNOWN_PREFIX, Decision, Policy
-from mlflow_proxy.bodies import Bodies, Receive
-from mlflow_proxy.deadlines import Deadlines
+from mlflow_proxy.bodies import Bodies
 from mlflow_proxy.errors import Refusal
+from mlflow_proxy.inbound.connection import Call
 from mlflow_proxy.json_bounds import LARGEST_ON_LOOP
 from mlflow_proxy.limits import OWN_PAGES, Limits
-from mlflow_proxy.relay import Send, downstream_headers, protected, relay, send_whole
+from mlflow_proxy.relay import downstream_headers, protected, relay
 from mlflow_proxy.requests import Request, refuse_foreign
 from mlflow_proxy.routing import Route, Routes
 from mlflow_proxy.sending import Answer, Sender
@@ -42,7 +42,6 @@ class Forwarder:
         limits: Limits,
         bodies: Bodies,
         sender: Sender,
-        deadlines: Deadlines,
         audited: bool,
         idle_timeout: float,
     ) -> None:
@@ -52,11 +51,10 @@ class Forwarder:
         self._limits = limits
         self._bodies = bodies
         self._sender = sender
-        self._deadlines = deadlines
         self._audited = audited
         self._idle_timeout = idle_timeout
 
-    async def __call__(self, request: Request, receive: Receive, send: Send, record: Record) -> None:
+    async def __call__(self, request: Request, call: Call, record: Record) -> None:
         """Serve one request. Raises Refusal as long as nothing was sent to the caller, afterwards UpstreamError."""
         # 1 transform: `requests` did it while it read the request, for the gateway to tell whose it is.
         # 2 identify, before anything of the configuration shows
@@ -74,7 +72,7 @@ class Forwarder:
         record.role = decision.role if decision else ""
         await _settled(self._limits.check(caller, record.role or None, target))
         limit = graphql.BODY_LIMIT if decision is None else None
-        data = await self._bodies.collect(request, receive, limit=limit) if request.has_body else b""
+        data = await self._bodies.collect(request, call.receive, limit=limit) if request.has_body else b""
         record.bytes_in = len(data)
         try:
             if decision is None:
@@ -102,7 +100,7 @@ class Forwarder:
                 data, body = b"", NO_PAYLOAD  # a long answer must not hold them
             # 8 relay
             record.step("relay")
-            await self._relay(answer, route, send, record)
+            await self._relay(answer, route, call, record)
         finally:
             if answer is not None and answer.connection is not None:
                 self._sender.done(route.target, answer.connection)
@@ -121,7 +119,7 @@ class Forwarder:
             return route, action, None
         return route, action, self._policy.decide(caller, route.target.name, action.name)
 
-    async def _relay(self, answer: Answer, route: Route, send: Send, record: Record) -> None:
+    async def _relay(self, answer: Answer, route: Route, call: Call, record: Record) -> None:
         if answer.error is not None:
             raise answer.error.refusal()
         headers = protected(downstream_headers(answer.headers, route.target.endpoint, route.prefix), route.path)
@@ -132,14 +130,13 @@ class Forwarder:
         record.status = answer.status
         if answer.connection is None:
             record.add_bytes_out(len(answer.body))
-            await send_whole(send, answer.status, headers, answer.body)
+            call.respond(answer.status, headers, answer.body)
             return
         await relay(
             answer.connection,
             answer.body,
-            send,
+            call,
             headers,
-            deadlines=self._deadlines,
             between=self._idle_timeout,
             sent=record.add_bytes_out,
         )

@@ -1,4 +1,4 @@
-"""The ASGI application: reads each request once, gives it to the forwarder or to the proxy's own pages, records it.
+"""One worker's application: reads each request once, gives it to the forwarder or to the proxy's own pages, records it.
 
 `/-/` is the proxy's own; everything else belongs to MLflow. Health is answered here, before anything that could be
 slow or refuse, so that a load balancer never kills a host for being busy.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
-import threading
 import time
 from collections.abc import Awaitable, Iterable
 from functools import partial
@@ -22,17 +21,16 @@ from mlflow_proxy.access.own_pages import LINKS, OwnPage, own_page
 from mlflow_proxy.access.policy import Patterns, Policy, link_action
 from mlflow_proxy.access.session import Sessions
 from mlflow_proxy.aws.credentials import CredentialStore
-from mlflow_proxy.bodies import Bodies, CallerGone, Receive
+from mlflow_proxy.bodies import Bodies
 from mlflow_proxy.deadlines import Deadlines, Timeout
 from mlflow_proxy.errors import NO_FRAMES, NO_SNIFFING, Refusal
-from mlflow_proxy.file_limit import FullWatch
 from mlflow_proxy.forwarder import Forwarder
 from mlflow_proxy.http1 import UpstreamError
+from mlflow_proxy.inbound.connection import Call, CallerGone
 from mlflow_proxy.limits import OWN_PAGES, Limits
 from mlflow_proxy.portal import VISIT, Parts, Portal, Visit
 from mlflow_proxy.readiness import Readiness
-from mlflow_proxy.relay import Send
-from mlflow_proxy.requests import Request, RequestIds, RequestReader, Scope, is_trusted, refuse_foreign
+from mlflow_proxy.requests import Request, RequestIds, RequestReader, is_trusted, refuse_foreign
 from mlflow_proxy.routing import OWN_PREFIX, Routes
 from mlflow_proxy.runtime import Runtime
 from mlflow_proxy.sending import Sender
@@ -41,20 +39,22 @@ from mlflow_proxy.targets import Target
 from mlflow_proxy.telemetry.audit import AuditLog
 from mlflow_proxy.telemetry.metrics import Metrics, State
 from mlflow_proxy.telemetry.record import AUTH_FAILURES, Record, RequestLog, cut_error
-from mlflow_proxy.watch import CallerWatch
 
 if TYPE_CHECKING:
     from mlflow_proxy.telemetry.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
-# Whether this process's application has started: what ends it before need not wait for anybody.
-serving = threading.Event()
-
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 _HEALTH_PATH = b"/-/health"
 _HEALTH = b'{"status": "ok"}\n'
+_HEALTH_HEADERS = [
+    (b"content-type", b"application/json"),
+    (b"cache-control", b"no-store"),
+    NO_SNIFFING,
+    NO_FRAMES,
+]
 # nginx's word for a request whose caller went away; only the log sees it.
 _CALLER_GONE = 499
 # No page of the proxy's own takes more.
@@ -79,66 +79,57 @@ class Gateway:
         as_json = config.log.format == "json" or (config.log.format == "auto" and not sys.stdout.isatty())
         self._log = RequestLog(as_json=as_json) if config.log.requests else None
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI."""
-        if scope["type"] == "lifespan":
-            await self._live(receive, send)
-        elif scope["raw_path"] == _HEALTH_PATH:
-            await _answer_health(send)
+    async def __call__(self, call: Call) -> None:
+        """Answer one request."""
+        if call.path == _HEALTH_PATH and call.problem is None:
+            call.respond(200, _HEALTH_HEADERS, _HEALTH)
         else:
-            await self._serve(scope, receive, send)
+            await self._serve(call)
 
-    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _serve(self, call: Call) -> None:
         self._metrics.in_flight += 1
-        record = Record(scope["method"], self._ids.of(scope))
+        record = Record(call.method, self._ids.of(call.headers))
         if self._tracing is not None:
-            record.trace = self._tracing.request(record.method, scope["headers"])
-        watch = CallerWatch(receive, self._deadlines)
+            record.trace = self._tracing.request(record.method, call.headers)
         request: Request | None = None
         try:
-            record.caller_address = scope["client"][0] if scope.get("client") else ""
-            request = self._reader.read(scope)
+            record.caller_address = call.peer
+            request = self._reader.read(call)
             record.caller_address = request.client
-            watch.start(request)
             if request.path.startswith(OWN_PREFIX):
-                await self._own(scope, request, watch.receive, send, record)
+                await self._own(request, call, record)
             else:
-                await self._forwarder(request, watch.receive, send, record)
+                await self._forwarder(request, call, record)
         except Refusal as refusal:
             if request is None:
-                record.caller_address = self._reader.client(scope)[0]
+                record.caller_address = self._reader.client(call)[0]
             else:
-                await self._take_body(request, watch, refusal)
-            await _refuse(send, refusal, record)
+                await self._take_body(request, call, refusal)
+            _refuse(call, refusal, record)
         except CallerGone:
-            await _refuse(send, _body_broke_off(), record)  # reaches a caller that is there but framed it wrongly
             record.status = _CALLER_GONE
         except asyncio.CancelledError:
-            if not watch.gone:
+            if not call.gone:
                 raise
             record.status = _CALLER_GONE
         except (UpstreamError, TimeoutError) as error:
-            # The answer had begun: leaving without its end makes the server cut the connection, as it must, since
-            # the caller would take a clean end for a whole answer.
+            # The answer had begun: the connection must be cut, since the caller would take a clean end for a whole one.
+            call.cut()
             record.error = f"answer cut short: {error}" if str(error) else "the caller stopped reading"
             record.upstream_error = "cut" if isinstance(error, UpstreamError) else ""
         except Exception:
             logger.exception("request %s failed", record.request_id)
-            await _refuse(send, Refusal(500, "The proxy failed.", in_log=True), record)
+            _refuse(call, Refusal(500, "The proxy failed.", in_log=True), record)
         finally:
-            watch.close()
             self._keep(record)
 
-    async def _take_body(self, request: Request, watch: CallerWatch, refusal: Refusal) -> None:
-        """Take the body of a refused request off the connection, if it is short; else that has to be closed.
-
-        A client still sending when we close may miss the response.
-        """
-        if not watch.awaits_body or refusal.close:
+    async def _take_body(self, request: Request, call: Call, refusal: Refusal) -> None:
+        """Take the body of a refused request off the connection, if it is short, so that this can be kept."""
+        if call.complete or refusal.close or call.awaits_continue:
             return
         try:
-            with Timeout(self._deadlines, _TAKEN_WITHIN):
-                self._bodies.release(len(await self._bodies.collect(request, watch.receive, limit=_TAKEN_OFF)))
+            with Timeout(self.deadlines, _TAKEN_WITHIN):
+                self._bodies.release(len(await self._bodies.collect(request, call.receive, limit=_TAKEN_OFF)))
         except (Refusal, CallerGone, TimeoutError):
             refusal.close = True
 
@@ -170,7 +161,7 @@ class Gateway:
         self._told[record.caller_address] = now
         return True
 
-    async def _own(self, scope: Scope, request: Request, receive: Receive, send: Send, record: Record) -> None:
+    async def _own(self, request: Request, call: Call, record: Record) -> None:
         """The proxy's own pages, in Flask. They see the canonical path and query, and a body that is all there: none of
         their few threads ever waits for a caller.
         """
@@ -183,36 +174,47 @@ class Gateway:
         else:
             caller = await self._identity.identify(request, record)
             await self._admit(page, caller, request, record)
-        body = await self._bodies.collect(request, receive, limit=_OWN_BODY_LIMIT) if request.has_body else b""
+        body = await self._bodies.collect(request, call.receive, limit=_OWN_BODY_LIMIT) if request.has_body else b""
         record.bytes_in = len(body)
         own = {
-            **scope,
+            "type": "http",
+            "asgi": {"version": "3.0"},
+            "http_version": "1.1",
+            "method": request.method,
             "path": request.path,
             "raw_path": request.path.encode("ascii"),
             "query_string": request.query.encode("ascii"),
+            "headers": call.headers,
             "scheme": request.scheme,
-            "state": {},
+            "client": (call.peer, 0),
+            "server": (request.host, None),
             "root_path": "",
             VISIT: Visit(record, request.client, caller),
         }
 
-        async def recorded(message: dict[str, Any]) -> None:
+        headers: list[tuple[bytes, bytes]] = []
+        pieces: list[bytes] = []
+
+        async def gathered(message: dict[str, Any]) -> None:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", record.request_id.encode("ascii"))]
+                headers.extend(message["headers"])
+                headers.append((b"x-request-id", record.request_id.encode("ascii")))
                 if record.set_cookie is not None:
-                    message["headers"].append((b"set-cookie", record.set_cookie))
+                    headers.append((b"set-cookie", record.set_cookie))
             else:
-                record.add_bytes_out(len(message.get("body", b"")))
-            await send(message)
+                pieces.append(message.get("body", b""))
 
         async def received() -> dict[str, Any]:
             return {"type": "http.request", "body": body, "more_body": False}
 
         try:
-            await self._portal(own, received, recorded)
+            await self._portal(own, received, gathered)
         finally:
             self._bodies.release(len(body))
+        page_body = b"".join(pieces)
+        record.add_bytes_out(len(page_body))
+        call.respond(record.status, headers, page_body)
         if page.stranger and record.error and not is_trusted(request.client, self._settings.server.trusted_proxies):
             await _settled(self._limits.add_failure(request.client))
 
@@ -235,28 +237,15 @@ class Gateway:
             raise
         await _settled(self._limits.check(caller, record.role or None, target))
 
-    async def _live(self, receive: Receive, send: Send) -> None:
-        await receive()
-        try:
-            await self._start()
-        except Exception as error:
-            logger.exception("start-up failed")
-            await send({"type": "lifespan.startup.failed", "message": str(error)})
-            return
-        serving.set()
-        await send({"type": "lifespan.startup.complete"})
-        await receive()
-        await self._stop()
-        await send({"type": "lifespan.shutdown.complete"})
-
-    async def _start(self) -> None:
+    async def start(self) -> None:
+        """Make the parts, in the event loop that serves."""
         settings = self._settings
         targets = settings.build_targets()
-        self._deadlines = Deadlines(asyncio.get_running_loop())
-        self._bodies = Bodies(settings.server, self._deadlines)
+        self.deadlines = Deadlines(asyncio.get_running_loop())
+        self._bodies = Bodies(settings.server, self.deadlines)
         self._metrics = Metrics(self._runtime.metrics, version=__version__)
         self._audit = AuditLog(settings.audit.to)
-        self._limits = Limits(settings, self._deadlines)
+        self._limits = Limits(settings, self.deadlines)
         self._policy = Policy(settings.roles, targets)
         sessions = _sessions(settings, self._runtime) if settings.oidc.client_id else None
         ways = build_ways(settings, sessions, self._runtime.keys)
@@ -269,7 +258,7 @@ class Gateway:
         )
         self._credentials = CredentialStore(targets, settings.aws, proxy=settings.upstream.proxy)
         await asyncio.gather(self._credentials.start(), self._identity.start(), self._limits.start())
-        self._sender = Sender(targets, settings.upstream, self._credentials, self._deadlines, self._limits.paces)
+        self._sender = Sender(targets, settings.upstream, self._credentials, self.deadlines, self._limits.paces)
         routes = self._routes = Routes(targets)
         self._forwarder = Forwarder(
             identity=self._identity,
@@ -278,7 +267,6 @@ class Gateway:
             limits=self._limits,
             bodies=self._bodies,
             sender=self._sender,
-            deadlines=self._deadlines,
             audited=settings.audit.to != "off",
             idle_timeout=settings.upstream.idle_timeout,
         )
@@ -298,7 +286,6 @@ class Gateway:
         self._tracing = _tracing(settings)
         self._metrics.state = partial(self._state, targets)
         self._metrics.start(asyncio.get_running_loop())
-        self._full = FullWatch(settings.server.connections, lambda: self._sender.connections)
 
     def _state(self, targets: Iterable[Target]) -> State:
         """What the parts say of themselves, for the metrics."""
@@ -312,8 +299,8 @@ class Gateway:
             audit_lines_dropped=self._audit.dropped,
         )
 
-    async def _stop(self) -> None:
-        self._full.close()
+    async def stop(self) -> None:
+        """End them, and write what is to be written; nothing is served any more."""
         self._sender.close()
         await asyncio.gather(self._credentials.close(), self._identity.close(), self._limits.close())
         if self._tracing is not None:
@@ -342,11 +329,7 @@ async def _settled(pending: Awaitable[None] | None) -> None:
         await pending
 
 
-def _body_broke_off() -> Refusal:
-    return Refusal(400, "The body ended before it was whole, or its chunked coding is not valid.", close=True)
-
-
-async def _refuse(send: Send, refusal: Refusal, record: Record) -> None:
+def _refuse(call: Call, refusal: Refusal, record: Record) -> None:
     record.error = refusal.reason
     record.limit = refusal.limit or record.limit
     if record.status:  # an answer has begun
@@ -355,20 +338,8 @@ async def _refuse(send: Send, refusal: Refusal, record: Record) -> None:
     headers += (NO_SNIFFING, NO_FRAMES)
     record.status = status
     record.add_bytes_out(len(body))
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
-
-
-async def _answer_health(send: Send) -> None:
-    headers = [
-        (b"content-type", b"application/json"),
-        (b"content-length", b"%d" % len(_HEALTH)),
-        (b"cache-control", b"no-store"),
-        NO_SNIFFING,
-        NO_FRAMES,
-    ]
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
-    await send({"type": "http.response.body", "body": _HEALTH})
+    call.keep = call.keep and not refusal.close
+    call.respond(status, headers, body)
 
 
 def create_app(settings: Settings, runtime: Runtime) -> Gateway:

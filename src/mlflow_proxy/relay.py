@@ -7,16 +7,14 @@ origin: a cookie of the upstream would be everybody's, since all callers share o
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
 
-from mlflow_proxy.deadlines import Deadlines, Timeout
 from mlflow_proxy.errors import NO_SNIFFING
 from mlflow_proxy.http1 import Connection
+from mlflow_proxy.inbound.connection import Call
 from mlflow_proxy.targets import Endpoint
 
-Send = Callable[[dict[str, Any]], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
 
 DROPPED_HEADERS = frozenset(
@@ -135,43 +133,23 @@ def upstream_request_id(headers: Headers) -> str:
     return ""
 
 
-async def send_whole(send: Send, status: int, headers: Headers, body: bytes) -> None:
-    """Send an answer that is all there."""
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
-
-
 async def relay(
-    connection: Connection,
-    begun: bytes,
-    send: Send,
-    headers: Headers,
-    *,
-    deadlines: Deadlines,
-    between: float,
-    sent: Callable[[int], None],
+    connection: Connection, begun: bytes, call: Call, headers: Headers, *, between: float, sent: Callable[[int], None]
 ) -> None:
     """Send the answer whose head is on `connection`; `begun` is what was read of its body already.
 
     The head goes out at once, then chunks as they arrive (event streams depend on both); the next is read when the
-    caller has taken the last one, `between` seconds at the most for either side. `sent` is told the size of each.
-    Raises the connection's UpstreamErrors, and TimeoutError if the caller stops reading.
+    caller has taken the last one. `between` is the upstream's longest pause, in seconds; `sent` is told the size of
+    each chunk. Raises the connection's UpstreamErrors, CallerGone and SlowReader.
     """
-    await send({"type": "http.response.start", "status": connection.status, "headers": headers})
+    call.begin(connection.status, headers)
     data = begun
-    if not data and not connection.ready:  # Granian keeps the head back until the first piece of the body
-        await _send_piece(send, b"", deadlines, between)
     if not data and not connection.drained:
         data = await connection.read(between) or b""
     while True:
         sent(len(data))
-        more = not connection.drained
-        await _send_piece(send, data, deadlines, between, more=more)
-        if not more:
+        await call.send(data)
+        if connection.drained:
+            call.end()
             return
         data = await connection.read(between) or b""
-
-
-async def _send_piece(send: Send, data: bytes, deadlines: Deadlines, seconds: float, *, more: bool = True) -> None:
-    with Timeout(deadlines, seconds):
-        await send({"type": "http.response.body", "body": data, "more_body": more})

@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
-import queue
-import signal
 import ssl
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -69,14 +66,28 @@ class InForce:
         """One PEM file with TLS's certificates and key, always those accepted last; None without TLS."""
         return self._own_runtime.files / "tls.pem" if self._accepted.settings.server.tls_key else None
 
-    def application(self) -> gateway.Gateway:
-        """The application of a worker. Called in its process."""
+    def application(self) -> tuple[Settings, gateway.Gateway]:
+        """The application of a worker, and the settings that it has. Called in its process."""
         settings = self._accepted.handed
         to_targets = target_connections(settings, self._files, self.connections)
         server = settings.server.model_copy(update={"connections": self.connections})
         upstream = settings.upstream.model_copy(update={"connections": to_targets})
         fitted = settings.model_copy(update={"server": server, "upstream": upstream})
-        return gateway.create_app(fitted, self._accepted.runtime)
+        return fitted, gateway.create_app(fitted, self._accepted.runtime)
+
+    def try_reload(self) -> bool:
+        """`reload` with a line in the log for what came of it. Gives whether there is something new."""
+        try:
+            changes = self.reload()
+        except SettingsError as error:
+            mistakes = "; ".join(" ".join(problem.split()) for problem in error.problems)
+            logger.error("reload: refused, so nothing has changed: %s", mistakes)
+        except Exception:
+            logger.exception("reload: failed, so nothing has changed")
+        else:
+            logger.info("reload: taken; %s", changes)
+            return True
+        return False
 
     def reload(self) -> str:
         """Read and judge the configuration anew, and take it. Gives what changed, in a line for the log.
@@ -106,46 +117,6 @@ class InForce:
             server = self._accepted.handed.server
             assert server.tls_certificate is not None  # noqa: S101  # as of every configuration with a key
             server.tls_certificate.rename(self.tls)
-
-
-class Reloads:
-    """Takes up SIGHUP: judges the configuration in a thread, so that a stop never waits for it."""
-
-    def __init__(self, in_force: InForce) -> None:
-        self._in_force = in_force
-        # Not an Event: a signal's handler may interrupt itself, and an Event's lock would wait for ever then.
-        self._asked: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self._judging = threading.Lock()
-        self._replace_workers: Callable[..., Any] | None = None
-
-    def begin(self) -> None:
-        """From now on SIGHUP means this; the handler that was there replaces the workers."""
-        handler = signal.getsignal(signal.SIGHUP)
-        self._replace_workers = handler if callable(handler) else None
-        signal.signal(signal.SIGHUP, lambda *_: self._asked.put(None))
-        # A worker that is forked in the middle would have half of the new configuration, and locks that nobody frees.
-        os.register_at_fork(
-            before=self._judging.acquire,
-            after_in_parent=self._judging.release,
-            after_in_child=self._judging.release,
-        )
-        threading.Thread(target=self._run, name="reloads", daemon=True).start()
-
-    def _run(self) -> None:
-        while True:
-            self._asked.get()
-            try:
-                with self._judging:
-                    changes = self._in_force.reload()
-            except SettingsError as error:
-                mistakes = "; ".join(" ".join(problem.split()) for problem in error.problems)
-                logger.error("reload: refused, so nothing has changed: %s", mistakes)
-            except Exception:  # without the thread no further reload would be taken up
-                logger.exception("reload: failed, so nothing has changed")
-            else:
-                logger.info("reload: taken; %s", changes)
-                if self._replace_workers is not None:
-                    self._replace_workers()
 
 
 def _until_restart(settings: Settings, running: Settings) -> tuple[Settings, list[str]]:

@@ -1,6 +1,6 @@
-"""A request as the proxy understands it: read once from the ASGI scope, checked, and reduced to what may pass.
+"""A request as the proxy understands it: read once, checked, and reduced to what may pass.
 
-Everything from outside is judged here: framing, size and number of headers, Host, and the allow-list of headers. What
+All from outside but its framing is judged here: size and number of headers, Host, and the allow-list of headers. What
 is not on the list never reaches SageMaker: the caller's Authorization and cookies, X-Amz-…, both ARN headers,
 X-Forwarded-…, Origin and Referer (MLflow refuses foreign ones), hop-by-hop headers, and MLflow's own switches.
 """
@@ -12,15 +12,14 @@ import re
 import secrets
 from collections.abc import Iterable
 from ipaddress import ip_address
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from mlflow_proxy.errors import Refusal
+from mlflow_proxy.inbound.connection import Call
 from mlflow_proxy.settings import LOOPBACK_HOSTS, Network, Server
 from mlflow_proxy.targets import parse_endpoint
 from mlflow_proxy.transform import canonical_path, canonical_query
-
-Scope = dict[str, Any]
 
 # Name by name, never by pattern: MLflow has switches among the x-mlflow-… headers, such as X-MLflow-Guardrail-Bypass.
 PASSED_HEADERS = frozenset(
@@ -65,8 +64,6 @@ SINGLE_HEADERS = frozenset(
 _NOTED_HEADERS = frozenset(
     {
         b"host",
-        b"content-length",
-        b"transfer-encoding",
         b"connection",
         b"origin",
         b"sec-fetch-site",
@@ -169,9 +166,9 @@ class RequestIds:
         self._prefix = secrets.token_hex(6)
         self._counter = itertools.count(secrets.randbelow(1 << 24))
 
-    def of(self, scope: Scope) -> str:
+    def of(self, headers: list[tuple[bytes, bytes]]) -> str:
         """The caller's X-Request-Id if it is a sane one, else a new one; it is in the answer and in the log."""
-        for name, value in scope["headers"]:
+        for name, value in headers:
             if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
                 return str(value, "ascii")
         return f"{self._prefix}{next(self._counter):08x}"
@@ -193,33 +190,31 @@ class RequestReader:
         self._trusted = server.trusted_proxies
         self._public_origin = parse_endpoint(server.public_url).url.lower().encode() if server.public_url else b""
 
-    def read(self, scope: Scope) -> Request:
+    def read(self, call: Call) -> Request:
         """Check and reduce one request. Raises Refusal for all that is not plainly a good one."""
-        raw_path, raw_query = scope["raw_path"], scope["query_string"]
+        if call.problem is not None:
+            raise call.problem
+        raw_path, raw_query = call.path, call.query
         if len(raw_path) + len(raw_query) > self._url_limit:
             raise Refusal(414, f"The URL is longer than {self._url_limit} bytes (server.url_limit).", close=True)
-        method = scope["method"]
+        method = call.method
         if method not in _COMMON_METHODS and (method in _REFUSED_METHODS or not _METHOD.fullmatch(method)):
             raise Refusal(501, f"The method {method[:32]!r} is not one that MLflow has.", close=True)
-        passed, noted, presented = self._sort_headers(scope["headers"])
+        passed, noted, presented = self._sort_headers(call.headers)
         host = self._host(noted)
         foreign = (b"origin" in noted or b"sec-fetch-site" in noted) and self._is_foreign(noted)
-        length = _content_length(noted)
-        if b"transfer-encoding" in noted and noted[b"transfer-encoding"] != [b"chunked"]:
-            _refuse_coding(noted[b"transfer-encoding"])
-        has_body = bool(length) or b"transfer-encoding" in noted or (length is None and scope["http_version"] == "2")
         query = canonical_query(raw_query) if raw_query else ""
         content_type = _content_type(passed) if passed else ""
-        client, scheme = self.client(scope)
-        dropped = self._drop_claims(scope, presented) if presented else 0
+        client, scheme = self.client(call)
+        dropped = self._drop_claims(call.peer, presented) if presented else 0
         return Request(
             method,
             canonical_path(raw_path),
             query,
             passed,
             content_type,
-            length,
-            has_body,
+            call.content_length,
+            call.has_body,
             client,
             scheme,
             host,
@@ -229,12 +224,11 @@ class RequestReader:
             foreign,
         )
 
-    def _drop_claims(self, scope: Scope, presented: Presented) -> int:
+    def _drop_claims(self, peer: str, presented: Presented) -> int:
         """Take out what claims an identity and may not, and count it."""
         claims = [name for name in presented if name not in _CREDENTIAL_HEADERS]
         if not claims:
             return 0
-        peer = scope["client"][0] if scope.get("client") else ""
         if is_trusted(peer, self._trusted):
             claims = [name for name in claims if name not in self._forwarded_identity]
         for name in claims:
@@ -295,12 +289,11 @@ class RequestReader:
         own = (b"http://" + lowered, b"https://" + lowered)
         return (*own, self._public_origin) if self._public_origin else own
 
-    def client(self, scope: Scope) -> tuple[str, str]:
+    def client(self, call: Call) -> tuple[str, str]:
         """The caller's address and scheme, through trusted proxies."""
-        peer = scope["client"][0] if scope.get("client") else ""
         if not self._trusted:
-            return peer, scope["scheme"]
-        return forwarded_client(peer, scope["scheme"], scope["headers"], self._trusted)
+            return call.peer, call.scheme
+        return forwarded_client(call.peer, call.scheme, call.headers, self._trusted)
 
 
 class AllowedHosts:
@@ -394,23 +387,6 @@ def _navigates(method: str, noted: dict[bytes, list[bytes]], passed: list[tuple[
     if mode is not None:
         return mode == [b"navigate"]
     return any(name == b"accept" and b"text/html" in value for name, value in passed)
-
-
-def _content_length(noted: dict[bytes, list[bytes]]) -> int | None:
-    values = noted.get(b"content-length")
-    if values is None:
-        return None
-    if b"transfer-encoding" in noted:
-        raise Refusal(400, "A request has Content-Length or Transfer-Encoding, not both.", close=True)
-    if len(values) > 1 or not re.fullmatch(rb"\d{1,18}", values[0]):
-        raise Refusal(400, "Content-Length is not a single number.", close=True)
-    return int(values[0])
-
-
-def _refuse_coding(values: list[bytes]) -> None:
-    """The server undoes `chunked` once; anything else would be sent on still coded (RFC 9112 section 6.1)."""
-    if b",".join(values).strip().lower() != b"chunked":
-        raise Refusal(501, "Transfer-Encoding may be 'chunked' once, and nothing else.", close=True)
 
 
 def _content_type(passed: list[tuple[bytes, bytes]]) -> str:

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import uvloop
 
-from mlflow_proxy.deadlines import Deadlines
 from mlflow_proxy.gateway import Gateway
 from mlflow_proxy.inbound.connection import Connection, Terms
 from mlflow_proxy.inbound.listener import PROTOCOLS, Listener
@@ -39,7 +38,6 @@ async def _serve(
     except Exception:
         logger.exception("start-up failed")
         return 1
-    deadlines = Deadlines(loop)
     terms = Terms(
         head_limit=int(server.header_limit) + int(server.url_limit) + 64 * server.header_count_limit,
         unused=server.header_timeout,
@@ -48,7 +46,7 @@ async def _serve(
     )
     listener = Listener(
         listening,
-        connection=lambda lost: Connection(loop, deadlines, terms, gateway, lost),
+        connection=lambda lost: Connection(loop, gateway.deadlines, terms, gateway, lost),
         most=server.connections,
         tls=_tls(tls) if tls else None,
     )

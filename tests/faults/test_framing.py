@@ -68,7 +68,7 @@ def test_100_continue_comes_before_the_body_is_sent(steady: Stage) -> None:
 def test_too_large_a_length_is_refused_without_100_continue(hasty: Stage) -> None:
     with Caller(hasty.port) as caller:
         caller.send(request("/x", "PUT", f"Content-Length: {MIB + 1}", "Expect: 100-continue"))
-        assert caller.line() == b"HTTP/1.1 413 Payload Too Large\r\n"
+        assert caller.line() == b"HTTP/1.1 413 Content Too Large\r\n"
     assert not hasty.upstream.arrived
 
 

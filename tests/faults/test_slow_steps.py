@@ -14,7 +14,6 @@ import pytest
 from tests.access.provider import CLIENT, Issuer
 from tests.faults.callers import Answer, Caller, call, call_raw, chunked, request
 from tests.faults.proxies import APP_ARN, Proxy, running, target
-from tests.faults.test_http2 import frames_of_the_stream, put
 from tests.faults.upstreams import Arrived, Peer, Upstream, answer
 from tests.limits.servers import RedisServer
 
@@ -118,11 +117,6 @@ def test_all_writes_succeed_while_the_limits_storage_is_slow(shared: Stage) -> N
     assert [got.status for got in all_at_once(shared.port, writes())] == [200] * 4
     bodies = {arrived.target: arrived.body for arrived in shared.upstream.arrived}
     assert bodies == {"/small": SMALL, "/large": LARGE, "/chunked": SMALL + LARGE, "/no-body": b""}
-
-
-def test_a_write_over_http2(shared: Stage) -> None:
-    frames_of_the_stream(shared.port, put(LARGE[:60_000]))
-    assert shared.upstream.arrived[0].body == LARGE[:60_000]
 
 
 def test_pipelined_writes_keep_their_bodies(shared: Stage) -> None:

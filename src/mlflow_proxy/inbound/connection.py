@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine
@@ -45,6 +46,8 @@ _SLACK = 1024
 
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _NO_BODY = frozenset({204, 304})
+# Where Python has the words of an older RFC than 9110.
+_PHRASES = {413: "Content Too Large", 414: "URI Too Long", 422: "Unprocessable Content"}
 
 
 class CallerGone(Exception):
@@ -397,7 +400,7 @@ class Connection(asyncio.Protocol):
         now_behind = transport.get_write_buffer_size()
         if behind - now_behind < LEAST_RATE * self._terms.window:
             if not drained.done():
-                drained.set_exception(SlowReader("the caller reads too slowly"))
+                drained.set_exception(SlowReader())
                 drained.exception()  # nobody may be waiting
             transport.abort()
             return
@@ -458,8 +461,9 @@ class Connection(asyncio.Protocol):
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
             self._ignore_upgrade(data[upgrade.args[0] :])
-        except httptools.HttpParserInvalidMethodError:
-            self._refuse(Refusal(501, "The method is not one that HTTP or MLflow has.", close=True))
+        except httptools.HttpParserInvalidMethodError as error:
+            known = begins and _METHOD.match(data)
+            self._refuse(_unknown_method() if known else _broken(error, in_body=False))
         except httptools.HttpParserError as error:
             self._refuse(_broken(error, in_body=self._held is not None and self._head_done))
         else:
@@ -588,6 +592,7 @@ class Connection(asyncio.Protocol):
 
 
 _FRAMING = frozenset({b"content-length", b"transfer-encoding"})
+_METHOD = re.compile(rb"[A-Za-z]{1,32} /")
 
 
 def _read_head(call: Call, url: bytes, version: str) -> None:
@@ -636,6 +641,10 @@ def _without_authority(url: bytes) -> bytes:
     return b"/"
 
 
+def _unknown_method() -> Refusal:
+    return Refusal(501, "The method is not one that MLflow has.", close=True)
+
+
 def _broken(error: httptools.HttpParserError, *, in_body: bool) -> Refusal:
     if in_body:
         words = "The body is not what its framing says: Content-Length, or chunked coding, does not fit it."
@@ -652,9 +661,10 @@ def _too_large(url: bytes, limit: int) -> Refusal:
 
 @lru_cache(maxsize=128)
 def _status_line(status: int) -> bytes:
-    phrase = ""
-    with contextlib.suppress(ValueError):
-        phrase = HTTPStatus(status).phrase
+    phrase = _PHRASES.get(status, "")
+    if not phrase:
+        with contextlib.suppress(ValueError):
+            phrase = HTTPStatus(status).phrase
     return f"HTTP/1.1 {status} {phrase}\r\n".encode("ascii")
 
 
