@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlflow_proxy import bodies as module
-from mlflow_proxy.bodies import SMALL_CHUNK, CallerGone
+from mlflow_proxy.bodies import SMALL_CHUNK
 from mlflow_proxy.deadlines import Deadlines
 from mlflow_proxy.errors import Refusal
+from mlflow_proxy.inbound.connection import CallerGone
 from mlflow_proxy.requests import Request
 from mlflow_proxy.settings import Server
 
@@ -53,16 +54,16 @@ class Caller:
         self._pause = pause
         self.asked = 0
 
-    async def __call__(self) -> dict[str, Any]:
+    async def __call__(self) -> bytes:
         self.asked += 1
         await asyncio.sleep(self._pause)
         if self._chunks:
-            chunk = self._chunks.pop(0)
-            more = bool(self._chunks) or self._then != "end"
-            return {"type": "http.request", "body": chunk, "more_body": more}
+            return self._chunks.pop(0)
+        if self._then == "end":
+            return b""
         if self._then == "stall":
             await asyncio.sleep(60)
-        return {"type": "http.disconnect"}
+        raise CallerGone
 
 
 def collect(bodies: Bodies, caller: Caller, length: int | None = None) -> bytes:
@@ -79,13 +80,15 @@ def refused(bodies: Bodies, caller: Caller, length: int | None = None) -> Refusa
 
 @settings(max_examples=50, deadline=None)
 @given(
-    chunks=st.lists(st.binary(max_size=40) | st.binary(min_size=SMALL_CHUNK, max_size=SMALL_CHUNK + 3), max_size=12),
+    chunks=st.lists(
+        st.binary(min_size=1, max_size=40) | st.binary(min_size=SMALL_CHUNK, max_size=SMALL_CHUNK + 3), max_size=12
+    ),
     declared=st.booleans(),
 )
 def test_body_is_what_was_sent(chunks: list[bytes], declared: bool) -> None:
     bodies = Bodies(Server(body_limit=1 << 20, body_budget=1 << 20))
     whole = b"".join(chunks)
-    got = collect(bodies, Caller(chunks or [b""]), len(whole) if declared else None)
+    got = collect(bodies, Caller(chunks), len(whole) if declared else None)
     assert type(got) is bytes
     assert got == whole
     assert bodies.held == len(whole)
@@ -189,11 +192,11 @@ def test_tiny_chunks_cost_no_more_memory_than_the_budget_counts() -> None:
     whole = bytes(range(256)) * 512
     place = 0
 
-    async def receive() -> dict[str, Any]:
+    async def receive() -> bytes:
         nonlocal place
         await asyncio.sleep(0)
         chunk, place = whole[place : place + 2], place + 2
-        return {"type": "http.request", "body": chunk, "more_body": place < len(whole)}
+        return chunk
 
     bodies = Bodies(SERVER.model_copy(update={"body_limit": 1 << 20, "body_budget": 1 << 20}))
     tracemalloc.start()

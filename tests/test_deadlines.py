@@ -1,4 +1,4 @@
-"""Deadlines of one event loop, and the watch over callers that uses them."""
+"""Deadlines of one event loop."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 
 from mlflow_proxy.deadlines import TICK, Deadlines, Timeout
-from mlflow_proxy.requests import Request
-from mlflow_proxy.watch import CallerWatch
 
 
 def run(scenario: Callable[[Deadlines, list[str]], Any]) -> list[str]:
@@ -227,83 +225,3 @@ def test_inner_timeout_leaves_the_outer_one() -> None:
 
 
 # The watch
-
-
-BODILESS = Request("GET", "/", "", [], "", None, False, "127.0.0.1", "http", "localhost")
-
-
-class Caller:
-    """Receives nothing, until it goes away after some seconds."""
-
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
-        self.asked = 0
-
-    async def __call__(self) -> dict[str, Any]:
-        self.asked += 1
-        if self.asked == 1:
-            return {"type": "http.request", "body": b"", "more_body": False}
-        await asyncio.sleep(self._seconds)
-        return {"type": "http.disconnect"}
-
-
-def test_work_ends_when_the_caller_goes_away() -> None:
-    async def scenario(deadlines: Deadlines, happened: list[str]) -> None:
-        watch = CallerWatch(Caller(0.05), deadlines)
-        watch.start(BODILESS)
-        try:
-            await asyncio.sleep(5)
-            happened.append("worked for nobody")
-        except asyncio.CancelledError:
-            happened.append(f"gone: {watch.gone}")
-        finally:
-            watch.close()
-
-    assert run(scenario) == ["gone: True"]
-
-
-def test_quick_work_never_looks() -> None:
-    caller = Caller(0.0)
-
-    async def scenario(deadlines: Deadlines, happened: list[str]) -> None:
-        watch = CallerWatch(caller, deadlines)
-        watch.start(BODILESS)
-        await asyncio.sleep(0.02)
-        watch.close()
-        await asyncio.sleep(0.6)
-        happened.append(f"gone: {watch.gone}")
-
-    assert run(scenario) == ["gone: False"]
-    assert caller.asked == 0
-
-
-def test_closed_watch_no_longer_cancels() -> None:
-    async def scenario(deadlines: Deadlines, happened: list[str]) -> None:
-        watch = CallerWatch(Caller(0.5), deadlines)
-        watch.start(BODILESS)
-        await asyncio.sleep(0.5)
-        watch.close()
-        await asyncio.sleep(0.6)
-        happened.append(f"gone: {watch.gone}")
-
-    assert run(scenario) == ["gone: False"]
-
-
-def test_other_cancellations_are_not_the_callers() -> None:
-    async def scenario(deadlines: Deadlines, happened: list[str]) -> None:
-        async def work() -> None:
-            watch = CallerWatch(Caller(60), deadlines)
-            watch.start(BODILESS)
-            try:
-                await asyncio.sleep(60)
-            finally:
-                happened.append(f"gone: {watch.gone}")
-                watch.close()
-
-        task = asyncio.create_task(work())
-        await asyncio.sleep(0.4)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-
-    assert run(scenario) == ["gone: False"]

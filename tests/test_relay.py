@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlflow_proxy.deadlines import Deadlines
 from mlflow_proxy.http1 import BrokenAnswer, Connection
+from mlflow_proxy.inbound import connection as inbound
+from mlflow_proxy.inbound.connection import Call
 from mlflow_proxy.relay import (
     Headers,
-    Send,
     downstream_headers,
     protected,
     relay,
     rewrite_location,
-    send_whole,
     upstream_request_id,
 )
 from mlflow_proxy.targets import Endpoint
@@ -252,88 +250,58 @@ class Chunks:
         return chunk
 
 
-def run_relay(
-    connection: Connection,
-    begun: bytes,
-    send: Send,
-    headers: Headers,
-    *,
-    between: float,
-    sent: Callable[[int], None],
-) -> None:
-    async def main() -> None:
-        deadlines = Deadlines(asyncio.get_running_loop())
-        await relay(connection, begun, send, headers, deadlines=deadlines, between=between, sent=sent)
+class Downstream:
+    """The connection of a call: what was written, and whether it was cut."""
 
-    asyncio.run(main())
+    peer, scheme, leaving = "192.0.2.1", "http", False
+
+    def __init__(self) -> None:
+        self.written: list[bytes] = []
+        self.whole = False
+
+    def write(self, data: bytes) -> None:
+        self.written.append(data)
+
+    async def drain(self) -> None:
+        pass
+
+    def answered(self, _call: Call) -> None:
+        self.whole = True
+
+    def body(self) -> bytes:
+        """What was sent after the head, without its chunked coding."""
+        return b"".join(piece.split(b"\r\n")[1] for piece in self.written[1:] if piece != b"0\r\n\r\n")
 
 
-def relayed(
-    begun: bytes, chunks: list[bytes | Exception], *, ready: bool = True
-) -> tuple[list[dict[str, Any]], list[int]]:
-    messages: list[dict[str, Any]] = []
+def relayed(begun: bytes, chunks: list[bytes | Exception]) -> tuple[Downstream, list[int]]:
+    downstream = Downstream()
+    call = Call(cast(inbound.Connection, downstream))
+    call.complete = True
     sizes: list[int] = []
-
-    async def send(message: dict[str, Any]) -> None:
-        messages.append(message)
-
-    connection = cast(Connection, Chunks(chunks, ready=ready))
-    run_relay(connection, begun, send, [(b"a", b"b")], between=1.0, sent=sizes.append)
-    return messages, sizes
+    connection = cast(Connection, Chunks(chunks))
+    try:
+        asyncio.run(relay(connection, begun, call, [(b"a", b"b")], between=1.0, sent=sizes.append))
+    except BrokenAnswer:
+        assert not downstream.whole
+    return downstream, sizes
 
 
 @pytest.mark.parametrize(
     ("begun", "chunks"),
     [(b"", []), (b"", [b"a"]), (b"", [b"a", b"bc", b"d"]), (b"x", []), (b"x", [b"a", b"b"])],
 )
-def test_relay_sends_each_chunk_once_and_in_order(begun: bytes, chunks: list[bytes]) -> None:
-    messages, sizes = relayed(begun, list(chunks))
-    assert messages[0] == {"type": "http.response.start", "status": 206, "headers": [(b"a", b"b")]}
-    assert b"".join(message["body"] for message in messages[1:]) == begun + b"".join(chunks)
-    assert sum(sizes) == len(begun + b"".join(chunks))
-    assert [message["more_body"] for message in messages[1:]] == [True] * (len(messages) - 2) + [False]
-
-
-def test_head_goes_out_before_the_body_has_begun() -> None:
-    """Granian keeps a head back until the first piece of the body, and event streams may be silent for long."""
-    messages, sizes = relayed(b"", [b"late", b"later"], ready=False)
-    assert [message["type"] for message in messages[:2]] == ["http.response.start", "http.response.body"]
-    assert (messages[1]["body"], messages[1]["more_body"]) == (b"", True)
-    assert b"".join(message["body"] for message in messages[1:]) == b"latelater"
-    assert sum(sizes) == 9
+def test_relay_sends_each_chunk_once_and_in_order(begun: bytes, chunks: list[bytes | Exception]) -> None:
+    whole = begun + b"".join(chunk for chunk in chunks if isinstance(chunk, bytes))
+    downstream, sizes = relayed(begun, list(chunks))
+    assert downstream.written[0].startswith(b"HTTP/1.1 206 Partial Content\r\na: b\r\n")
+    assert downstream.body() == whole
+    assert sum(sizes) == len(whole)
+    assert downstream.whole
 
 
 def test_relay_never_ends_a_broken_answer() -> None:
     """The caller must be able to tell it from a whole one."""
-    messages: list[dict[str, Any]] = []
-
-    async def send(message: dict[str, Any]) -> None:
-        messages.append(message)
-
-    connection = cast(Connection, Chunks([b"a", BrokenAnswer("broken"), b"never"]))
-    with pytest.raises(BrokenAnswer):
-        run_relay(connection, b"", send, [], between=1.0, sent=lambda _: None)
-    assert [message.get("more_body") for message in messages] == [None, True]
-
-
-def test_relay_gives_up_on_a_caller_that_stops_reading() -> None:
-    async def send(message: dict[str, Any]) -> None:
-        if message.get("body"):
-            await asyncio.sleep(30)
-
-    connection = cast(Connection, Chunks([b"a", b"b"]))
-    with pytest.raises(TimeoutError):
-        run_relay(connection, b"", send, [], between=0.05, sent=lambda _: None)
-
-
-def test_send_whole() -> None:
-    messages: list[dict[str, Any]] = []
-
-    async def send(message: dict[str, Any]) -> None:
-        messages.append(message)
-
-    asyncio.run(send_whole(send, 404, [(b"a", b"b")], b"body"))
-    assert messages == [
-        {"type": "http.response.start", "status": 404, "headers": [(b"a", b"b")]},
-        {"type": "http.response.body", "body": b"body"},
-    ]
+    downstream, _ = relayed(b"", [b"a", BrokenAnswer("broken"), b"never"])
+    assert downstream.body() == b"a"
+    assert not downstream.whole
+    assert downstream.written[-1] != b"0\r\n\r\n"

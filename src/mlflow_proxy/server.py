@@ -33,7 +33,13 @@ def serve(settings: Settings, config: Path | None) -> None:
             fitted, application = in_force.application()
             return worker.work(application, fitted.server, listening, in_force.tls, lifelines)
 
-        Supervisor(work, count=server.workers, drain=server.drain_timeout, reload=in_force.try_reload).run()
+        Supervisor(
+            work,
+            count=server.workers,
+            drain=server.drain_timeout,
+            reload=in_force.try_reload,
+            stopping=listening.close,
+        ).run()
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -48,11 +48,17 @@ class Supervisor:
     """Keeps `count` workers, each of which runs `work` in a process of its own until SIGTERM, and gives an exit code.
 
     `reload`, in a thread, says at SIGHUP whether there is something new; then all workers are replaced, one by one.
-    `drain`: seconds that a worker needs at the most to end.
+    `stopping` is called once when all shall end. `drain`: seconds that a worker needs at the most to end.
     """
 
     def __init__(
-        self, work: Callable[[Lifelines], int], *, count: int, drain: float, reload: Callable[[], bool]
+        self,
+        work: Callable[[Lifelines], int],
+        *,
+        count: int,
+        drain: float,
+        reload: Callable[[], bool],
+        stopping: Callable[[], None],
     ) -> None:
         self._work = work
         self._count = count
@@ -62,6 +68,7 @@ class Supervisor:
         self._generation = 0
         self._not_before = 0.0
         self._stopping = False
+        self._on_stop = stopping
         self._judging: threading.Thread | None = None
         self._selector = selectors.DefaultSelector()
         self._told, self._tell = os.pipe()
@@ -92,6 +99,8 @@ class Supervisor:
     def _hear(self) -> None:
         for number in os.read(self._told, 512):
             if number in _STOPS:
+                if not self._stopping:
+                    self._on_stop()
                 self._stopping = True
             elif number == signal.SIGHUP:
                 self._begin_reload()

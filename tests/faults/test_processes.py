@@ -74,6 +74,7 @@ def test_the_other_worker_serves_meanwhile(tmp_path: Path, upstream: Upstream) -
 @pytest.mark.parametrize("pause", [0.0, 0.05, 0.1, 0.2, 0.3])
 def test_a_stop_while_workers_start_is_quick(tmp_path: Path, upstream: Upstream, pause: float) -> None:
     with running(tmp_path / "proxy", targets(upstream), server={"workers": 2}) as proxy:
+        wait_until(lambda: len(proxy.workers) == 2)
         family = family_of(proxy)
         os.kill(proxy.workers[0].pid, signal.SIGKILL)
         time.sleep(pause)

@@ -12,6 +12,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+import socket
+import struct
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine
@@ -44,6 +46,8 @@ HANDSHAKE_SECONDS = 10.0
 # Of a head that is too large, what is said first.
 _SLACK = 1024
 
+# SO_LINGER that makes the kernel send RST, not FIN.
+_AT_ONCE = struct.pack("ii", 1, 0)
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _NO_BODY = frozenset({204, 304})
 # Where Python has the words of an older RFC than 9110.
@@ -169,17 +173,21 @@ class Call:
         """The answer is whole."""
         if self.ended:
             return
-        self.ended = True
         if self._left:
-            self._connection.abort()  # a clean end would make the caller take it for whole
+            self.cut()  # a clean end would make the caller take it for whole
             return
+        self.ended = True
         if self._chunked:
             self._connection.write(b"0\r\n\r\n")
         self._connection.answered(self)
 
     def cut(self) -> None:
         """The answer cannot be finished: the caller must see that."""
-        self._connection.abort()
+        self.ended = True
+        if self.begun and self._left is None and not self._chunked:
+            self._connection.reset()
+        else:
+            self._connection.abort()
 
     def _begin(self, status: int, headers: Headers, body: bytes | None) -> bool:
         self.begun = True
@@ -368,6 +376,14 @@ class Connection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.abort()
 
+    def reset(self) -> None:
+        """Close at once, in a way that cannot be taken for the regular end of an answer without length."""
+        transport = self._transport
+        if transport is not None:
+            sock = transport.get_extra_info("socket")
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _AT_ONCE)
+            transport.abort()
+
     # How a connection ends
 
     def _close(self, *, unread: bool) -> None:
@@ -505,7 +521,7 @@ class Connection(asyncio.Protocol):
         self._deadlines.clear(self)
         call, self._held = self._held, None
         if call is not None and self._head_done:  # its body is broken
-            call.problem = refusal
+            call.problem = call.problem or refusal
             call.keep = False
             call.wake()
             return
@@ -569,8 +585,7 @@ class Connection(asyncio.Protocol):
             await self._serve(call)
         finally:
             if not call.ended:  # it failed, or what it sent is not whole
-                call.ended = True
-                self.abort()
+                call.cut()
 
     def on_body(self, data: bytes) -> None:
         """A piece of the body, with chunked framing removed."""

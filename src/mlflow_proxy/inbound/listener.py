@@ -121,7 +121,11 @@ class Listener:
             return False
         accepted.setblocking(False)
         accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        task = self._loop.create_task(self._take(accepted))
+        connection = self._connection(self._lost)
+        self._open.add(connection)
+        if self._leaving:
+            connection.leave()
+        task = self._loop.create_task(self._take(accepted, connection))
         self._shaking.add(task)
         task.add_done_callback(self._taken)
         if self.connections >= self._most:
@@ -131,11 +135,7 @@ class Listener:
             )
         return True
 
-    async def _take(self, accepted: socket.socket) -> None:
-        connection = self._connection(self._lost)
-        self._open.add(connection)
-        if self._leaving:
-            connection.leave()
+    async def _take(self, accepted: socket.socket, connection: Connection) -> None:
         try:
             if self._tls is None:
                 await self._loop.connect_accepted_socket(lambda: connection, accepted)
