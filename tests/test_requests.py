@@ -451,18 +451,15 @@ TRUSTED = [ip_network("10.0.0.0/8"), ip_network("fd00::/8"), ip_network("192.0.2
         ("10.0.0.1", ["203.0.113.9"], "203.0.113.9"),
         ("10.0.0.1", ["1.2.3.4, 203.0.113.9"], "203.0.113.9"),  # the left one may be made up
         ("10.0.0.1", ["1.2.3.4", "203.0.113.9"], "203.0.113.9"),
-        ("10.0.0.1", ["203.0.113.9, 10.0.0.2"], "203.0.113.9"),
-        ("10.0.0.1", ["1.2.3.4, 203.0.113.9, 192.0.2.7,10.9.9.9"], "203.0.113.9"),
-        ("10.0.0.1", ["10.0.0.3, 203.0.113.9, 10.0.0.2"], "203.0.113.9"),
-        ("10.0.0.1", ["10.0.0.3, 10.0.0.2"], "10.0.0.3"),
-        ("fd00::1", ["2001:db8::9, fd00::2"], "2001:db8::9"),
+        ("10.0.0.1", ["203.0.113.9, 10.0.0.2"], "10.0.0.2"),  # a caller in the load balancer's own network
+        ("10.0.0.1", ["10.0.0.3, 10.0.0.2"], "10.0.0.2"),
+        ("fd00::1", ["2001:db8::9, fd00::2"], "fd00::2"),
         ("10.0.0.1", ["2001:db8::9"], "2001:db8::9"),
         ("10.0.0.1", [" \t203.0.113.9 "], "203.0.113.9"),
         # What is no address ends the search at the last that is one.
         ("10.0.0.1", ["garbage"], "10.0.0.1"),
         ("10.0.0.1", [""], "10.0.0.1"),
         ("10.0.0.1", ["203.0.113.9, "], "10.0.0.1"),
-        ("10.0.0.1", ["203.0.113.9, unknown, 10.0.0.2"], "10.0.0.2"),
         ("10.0.0.1", ["203.0.113.9:4711"], "203.0.113.9"),
         ("10.0.0.1", ["[2001:db8::9]:4711"], "2001:db8::9"),
         ("10.0.0.1", ["[203.0.113.9"], "10.0.0.1"),
@@ -479,11 +476,32 @@ def test_forwarded_client(peer: str, forwarded: list[str], client: str) -> None:
     assert forwarded_client(peer, "http", headers, TRUSTED) == (client, "http")
 
 
+@pytest.mark.parametrize(
+    ("forwarded", "hops", "client"),
+    [
+        (["203.0.113.9, 10.0.0.2"], 2, "203.0.113.9"),
+        (["1.2.3.4, 203.0.113.9, 10.0.0.2"], 2, "203.0.113.9"),
+        (["1.2.3.4, 10.0.0.3, 10.0.0.2"], 2, "10.0.0.3"),
+        (["1.2.3.4, 203.0.113.9, 192.0.2.7,10.9.9.9"], 3, "203.0.113.9"),
+        (["1.2.3.4", "203.0.113.9, 192.0.2.7", "10.9.9.9"], 3, "203.0.113.9"),
+        (["10.0.0.3, 203.0.113.9, 10.0.0.2"], 3, "203.0.113.9"),  # the hop before is none of ours
+        (["203.0.113.9, unknown, 10.0.0.2"], 3, "10.0.0.2"),
+        (["203.0.113.9"], 3, "203.0.113.9"),
+        ([], 3, "10.0.0.1"),
+    ],
+)
+def test_as_many_hops_count_as_there_are(forwarded: list[str], hops: int, client: str) -> None:
+    headers = [(b"x-forwarded-for", value.encode("latin-1")) for value in forwarded]
+    assert forwarded_client("10.0.0.1", "http", headers, TRUSTED, hops) == (client, "http")
+
+
 @settings(max_examples=200, deadline=None)
 @given(spoofed=st.lists(st.text(st.characters(max_codepoint=255), max_size=20), max_size=4))
 def test_nothing_left_of_the_caller_counts(spoofed: list[str]) -> None:
     value = ", ".join([*spoofed, "203.0.113.9", "10.0.0.2"]).encode("latin-1")
-    assert forwarded_client("10.0.0.1", "http", [(b"x-forwarded-for", value)], TRUSTED)[0] == "203.0.113.9"
+    headers = [(b"x-forwarded-for", value)]
+    assert forwarded_client("10.0.0.1", "http", headers, TRUSTED)[0] == "10.0.0.2"
+    assert forwarded_client("10.0.0.1", "http", headers, TRUSTED, 2)[0] == "203.0.113.9"
 
 
 @pytest.mark.parametrize(

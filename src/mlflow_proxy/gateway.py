@@ -30,7 +30,7 @@ from mlflow_proxy.inbound.connection import Call, CallerGone
 from mlflow_proxy.limits import OWN_PAGES, Limits
 from mlflow_proxy.portal import VISIT, Parts, Portal, Visit
 from mlflow_proxy.readiness import Readiness
-from mlflow_proxy.requests import Request, RequestIds, RequestReader, is_trusted, refuse_foreign
+from mlflow_proxy.requests import Request, RequestIds, RequestReader, refuse_foreign
 from mlflow_proxy.routing import OWN_PREFIX, Routes
 from mlflow_proxy.runtime import Runtime
 from mlflow_proxy.sending import Sender
@@ -215,7 +215,7 @@ class Gateway:
         page_body = b"".join(pieces)
         record.add_bytes_out(len(page_body))
         call.respond(record.status, headers, page_body)
-        if page.stranger and record.error and not is_trusted(request.client, self._settings.server.trusted_proxies):
+        if page.stranger and record.error and not request.behind_proxy:
             await _settled(self._limits.add_failure(request.client))
 
     async def _admit(self, page: OwnPage, caller: Caller, request: Request, record: Record) -> None:
@@ -253,7 +253,6 @@ class Gateway:
             ways,
             self._limits,
             self._metrics,
-            trusted=settings.server.trusted_proxies,
             sign_in=sessions is not None,
         )
         self._credentials = CredentialStore(targets, settings.aws, proxy=settings.upstream.proxy)

@@ -140,7 +140,8 @@ class Request(NamedTuple):
 
     `presented` is what may identify the caller; of headers that only a trusted proxy may set, it has none from
     elsewhere, and `dropped_identity` counts those left out. `navigates`: a browser wants to show the answer as a page.
-    `foreign`: a page of another site sent it.
+    `foreign`: a page of another site sent it. `behind_proxy`: `client` is a trusted proxy, which did not say for whom
+    it asks, so that all its callers have this address.
     """
 
     method: str
@@ -157,6 +158,7 @@ class Request(NamedTuple):
     dropped_identity: int = 0
     navigates: bool = False
     foreign: bool = False
+    behind_proxy: bool = False
 
 
 class RequestIds:
@@ -188,6 +190,7 @@ class RequestReader:
         self._url_limit = int(server.url_limit)
         self._hosts = AllowedHosts(server)
         self._trusted = server.trusted_proxies
+        self._hops = server.trusted_hops
         self._public_origin = parse_endpoint(server.public_url).url.lower().encode() if server.public_url else b""
 
     def read(self, call: Call) -> Request:
@@ -222,6 +225,7 @@ class RequestReader:
             dropped,
             _navigates(method, noted, passed),
             foreign,
+            client == call.peer and is_trusted(client, self._trusted),
         )
 
     def _drop_claims(self, peer: str, presented: Presented) -> int:
@@ -293,7 +297,7 @@ class RequestReader:
         """The caller's address and scheme, through trusted proxies."""
         if not self._trusted:
             return call.peer, call.scheme
-        return forwarded_client(call.peer, call.scheme, call.headers, self._trusted)
+        return forwarded_client(call.peer, call.scheme, call.headers, self._trusted, self._hops)
 
 
 class AllowedHosts:
@@ -329,11 +333,13 @@ class AllowedHosts:
 
 
 def forwarded_client(
-    peer: str, scheme: str, headers: Iterable[tuple[bytes, bytes]], trusted: list[Network]
+    peer: str, scheme: str, headers: Iterable[tuple[bytes, bytes]], trusted: list[Network], most: int = 1
 ) -> tuple[str, str]:
     """The caller's address and scheme, by X-Forwarded-For and -Proto as far as trusted proxies wrote them.
 
-    The address is the rightmost one that is not a trusted proxy's: what stands left of it, anybody may have written.
+    `most` is how many of them there are. Each adds the address that it was asked from on the right, so the last one
+    counts, and the one before if the last is a trusted proxy, and so on. What stands left of these anybody may have
+    written, callers in the same network as trusted proxies, too.
     """
     if not is_trusted(peer, trusted):
         return peer, scheme
@@ -345,7 +351,7 @@ def forwarded_client(
             last = value.decode("latin-1").rsplit(",", 1)[-1].strip().lower()
             scheme = last if last in ("http", "https") else scheme
     client = peer
-    for hop in reversed(hops):
+    for hop in reversed(hops[-most:]):
         if not _is_address(hop):
             break
         client = hop

@@ -92,6 +92,13 @@ class Server(Section):
         default_factory=list,
         description="Networks whose X-Forwarded-For, X-Forwarded-Proto and identity headers count.",
     )
+    trusted_hops: int = Field(
+        1,
+        ge=1,
+        le=8,
+        description="How many servers of trusted_proxies stand between callers and the proxy; X-Forwarded-For counts "
+        "as far as they wrote it.",
+    )
     body_limit: ByteSize = Field(
         ByteSize(64 << 20), ge=1024, description="Largest request body; more is refused with 413."
     )

@@ -30,8 +30,8 @@ from mlflow_proxy.access.oidc import TokenVerifier
 from mlflow_proxy.access.session import Sessions
 from mlflow_proxy.errors import Refusal
 from mlflow_proxy.limits import Limits
-from mlflow_proxy.requests import Request, is_trusted
-from mlflow_proxy.settings import Network, Settings
+from mlflow_proxy.requests import Request
+from mlflow_proxy.settings import Settings
 from mlflow_proxy.telemetry.metrics import Metrics
 from mlflow_proxy.telemetry.record import Record
 
@@ -78,11 +78,10 @@ def forwarded_identity(settings: Settings) -> frozenset[bytes]:
 class Identity:
     """Identifies the callers of one worker."""
 
-    def __init__(self, ways: Ways, limits: Limits, metrics: Metrics, *, trusted: list[Network], sign_in: bool) -> None:
+    def __init__(self, ways: Ways, limits: Limits, metrics: Metrics, *, sign_in: bool) -> None:
         self._ways = ways
         self._limits = limits
         self._metrics = metrics
-        self._trusted = trusted
         self._sign_in = sign_in
         self._anyone = not any(ways)
         self._challenges = _challenges(ways, sign_in=sign_in)
@@ -112,7 +111,7 @@ class Identity:
                 caller = await self._recognised(request, record)
             except Unauthenticated as failure:
                 self._metrics.auth_failure(_way_shown(request))
-                if not is_trusted(request.client, self._trusted):  # behind whose address are all its callers
+                if not request.behind_proxy:
                     pending = self._limits.add_failure(request.client)
                     if pending is not None:
                         await pending
