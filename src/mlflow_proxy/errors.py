@@ -116,4 +116,5 @@ class Refusal(Exception):
 
 def error_body(error_code: str, message: str, request_id: str) -> bytes:
     """The JSON body of an error."""
-    return json.dumps({"error_code": error_code, "message": message, "request_id": request_id}).encode()
+    content = {"error_code": error_code, "message": message, "request_id": request_id}
+    return json.dumps(content, ensure_ascii=False).encode("utf-8", "replace")

@@ -38,7 +38,8 @@ from mlflow_proxy.settings import Settings
 from mlflow_proxy.targets import Target
 from mlflow_proxy.telemetry.audit import AuditLog
 from mlflow_proxy.telemetry.metrics import Metrics, State
-from mlflow_proxy.telemetry.record import AUTH_FAILURES, Record, RequestLog, cut_error
+from mlflow_proxy.telemetry.record import Record, RequestLog, cut_error
+from mlflow_proxy.telemetry.strangers import Strangers
 
 if TYPE_CHECKING:
     from mlflow_proxy.telemetry.tracing import Tracing
@@ -62,9 +63,6 @@ _OWN_BODY_LIMIT = 16 * 1024
 # Of the body of a refused request, so much is taken off the connection, within so many seconds.
 _TAKEN_OFF = 256 * 1024
 _TAKEN_WITHIN = 2.0
-# Seconds between two audit lines about one address that is refused for its failures, and how many are remembered.
-_TOLD_EVERY = 60.0
-_MOST_TOLD = 4096
 
 
 class Gateway:
@@ -73,7 +71,6 @@ class Gateway:
     def __init__(self, config: Settings, runtime: Runtime) -> None:
         self._settings = config
         self._runtime = runtime
-        self._told: dict[str, float] = {}
         self._ids = RequestIds()
         self._reader = RequestReader(config.server, forwarded_identity(config))
         as_json = config.log.format == "json" or (config.log.format == "auto" and not sys.stdout.isatty())
@@ -138,28 +135,19 @@ class Gateway:
         self._metrics.in_flight -= 1
         if self._settings.log.metrics:
             self._metrics.observe(record)
-        if (record.writes or record.status >= 400) and self._is_news(record):
-            self._audit.request(record)
         if record.trace is not None:
             record.trace.end(record)
+        if record.caller or self._strangers.gets_line(record):
+            self._write(record)
+
+    def _write(self, record: Record) -> None:
+        # The sign-in has audit lines of its own.
+        if (record.writes or record.status >= 400) and not record.route.startswith("/-/sign"):
+            self._audit.request(record)
         if self._log is not None:
             self._log.write(record)
         elif record.error and (record.status >= 500 or record.upstream_error == "aws"):  # callers are told to ask here
             logger.warning("request %s: %d: %s", record.request_id, record.status, cut_error(record.error))
-
-    def _is_news(self, record: Record) -> bool:
-        """Whether nobody wrote it down already: the sign-in has audit lines of its own, and of an address that is
-        refused for its many failures, one line a minute says enough.
-        """
-        if record.limit != AUTH_FAILURES:
-            return not record.route.startswith("/-/sign")
-        now = time.monotonic()
-        if now - self._told.get(record.caller_address, -_TOLD_EVERY) < _TOLD_EVERY:
-            return False
-        if len(self._told) >= _MOST_TOLD:
-            self._told.clear()
-        self._told[record.caller_address] = now
-        return True
 
     async def _own(self, request: Request, call: Call, record: Record) -> None:
         """The proxy's own pages, in Flask. They see the canonical path and query, and a body that is all there: none of
@@ -169,7 +157,8 @@ class Gateway:
         record.target, record.route, record.action = OWN_PAGES, page.route, page.action
         if page.stranger:
             caller = None
-            self._limits.check_failures(request.client)
+            if page.answers_provider:
+                self._limits.check_failures(request.client)
             refuse_foreign(request, writes=False)
         else:
             caller = await self._identity.identify(request, record)
@@ -243,6 +232,7 @@ class Gateway:
         targets = settings.build_targets()
         self.deadlines = Deadlines(asyncio.get_running_loop())
         self._bodies = Bodies(settings.server, self.deadlines)
+        self._strangers = Strangers(self._write)
         self._metrics = Metrics(self._runtime.metrics, version=__version__)
         self._audit = AuditLog(settings.audit.to)
         self._limits = Limits(settings, self.deadlines)
@@ -300,6 +290,7 @@ class Gateway:
 
     async def stop(self) -> None:
         """End them, and write what is to be written; nothing is served any more."""
+        self._strangers.close()
         self._sender.close()
         await asyncio.gather(self._credentials.close(), self._identity.close(), self._limits.close())
         if self._tracing is not None:

@@ -26,6 +26,7 @@ from mlflow_proxy.access.caller import Caller, Unauthenticated
 from mlflow_proxy.access.kept_keys import KeptKeys
 from mlflow_proxy.access.key_record import KEY, TEXT_MAX, Key, KeysError, parse_keys, usable_lines
 from mlflow_proxy.access.key_secret import SecretMissing, fetch_secret
+from mlflow_proxy.errors import Refusal
 from mlflow_proxy.settings import Access, Aws
 
 # All in seconds.
@@ -87,7 +88,9 @@ class KeyRing:
             source.stop()
 
     def identify(self, key: str) -> Caller:
-        """Who the caller with this key is. Raises Unauthenticated."""
+        """Who the caller with this key is. Raises Unauthenticated, and Refusal 503 if it may be one of those that
+        cannot be read.
+        """
         match = KEY.fullmatch(key)
         if match is None:
             raise Unauthenticated("what was shown is not an API key")
@@ -101,6 +104,10 @@ class KeyRing:
         right = hmac.compare_digest(sha256(key.encode()).digest(), held.digest)
         if right and self._clock() < held.valid_until:
             return held.caller
+        if held.key is None and any(source.unreadable for source in self._sources):
+            raise Refusal(
+                503, "The proxy cannot read its API keys at the moment. Try again later.", retry_after=5, in_log=True
+            )
         raise Unauthenticated(_refusal(key_id, held, right=right))
 
     def _changed(self) -> None:
@@ -192,6 +199,11 @@ class _Source:
         self._missing = False  # at the last look
         self._complaint = ""
         self._complained = 0.0
+
+    @property
+    def unreadable(self) -> bool:
+        """It is there and was never read, so that nobody knows its keys."""
+        return not self.held and self._failed > 0 and not self._missing
 
     def start(self) -> Future[None]:
         """Begin to look; the future is done after the first look."""

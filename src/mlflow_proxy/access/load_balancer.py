@@ -13,8 +13,8 @@ import logging
 import re
 import time
 from collections import OrderedDict, deque
-from collections.abc import Awaitable, Callable
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Coroutine
+from typing import Any, NamedTuple, TypeVar
 
 from joserfc.errors import JoseError
 from joserfc.jwk import ECKey
@@ -85,7 +85,7 @@ class LoadBalancerIdentity:
         """End fetches under way."""
         await self._keys.close()
 
-    def identify(self, data: str) -> Caller | Awaitable[Caller]:
+    def identify(self, data: str) -> Caller | Coroutine[Any, Any, Caller]:
         """The caller whom the header's value names; to be awaited only if its key must be fetched.
 
         Raises Unauthenticated, and Refusal 503 if the key cannot be had.

@@ -6,7 +6,7 @@ Access tokens of callers, and the ID token of a sign-in. Not the sign-in itself,
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Coroutine, Mapping
 from typing import Any
 
 from mlflow_proxy.access.caller import Caller, Unauthenticated, Way
@@ -52,7 +52,7 @@ class TokenVerifier:
         """Stop."""
         await self._keys.close()
 
-    def identify(self, token: str) -> Caller | Awaitable[Caller]:
+    def identify(self, token: str) -> Caller | Coroutine[Any, Any, Caller]:
         """The holder of an access token; to be awaited only if the provider must be asked for its keys.
 
         Raises Unauthenticated, and Refusal 503 if the provider's keys cannot be had at all.

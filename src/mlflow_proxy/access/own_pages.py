@@ -10,13 +10,15 @@ from mlflow_proxy.access.policy import OWN_PREFIX
 class OwnPage(NamedTuple):
     """A page: its `route` for the log, and the `action` that a role must allow.
 
-    `stranger`: it is for those who are not identified yet. `is_link`: the page makes a link to one target's UI, and
+    `stranger`: it is for those who are not identified yet, and `answers_provider` where they show what the identity
+    provider gave them. `is_link`: the page makes a link to one target's UI, and
     the action is that target's. Otherwise an empty action means that any role will do.
     """
 
     route: str
     action: str = ""
     stranger: bool = False
+    answers_provider: bool = False
     is_link: bool = False
 
 
@@ -27,7 +29,7 @@ _PAGES = {
     "/-/ready": OwnPage("/-/ready", f"{OWN_PREFIX}GetReadiness"),
     "/-/metrics": OwnPage("/-/metrics", f"{OWN_PREFIX}GetMetrics"),
     "/-/sign-in": OwnPage("/-/sign-in", stranger=True),
-    "/-/signed-in": OwnPage("/-/signed-in", stranger=True),
+    "/-/signed-in": OwnPage("/-/signed-in", stranger=True, answers_provider=True),
     "/-/sign-out": OwnPage("/-/sign-out", stranger=True),
 }
 # Presigned links: the target's name follows.

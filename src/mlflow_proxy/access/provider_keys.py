@@ -101,22 +101,22 @@ class ProviderKeys:
         ][:_MOST_TRIED]
 
     def may_renew(self) -> bool:
-        """Whether `renew` would learn anything now. Raises Refusal 503 if there are no keys and none to be had."""
+        """Whether `renew` would learn anything now. Raises Refusal 503 if the keys cannot be had at the moment."""
         if self._fetch is not None or self._uptime() - self._asked_at >= _LEAST_INTERVAL:
             return True
-        if self._current is None:
+        if self._current is None or self._failed:  # what they do not know may have been signed with a new one
             raise self._unavailable()
         return False
 
     async def renew(self) -> None:
-        """Fetch the keys out of turn, or wait for the fetch under way. Raises Refusal 503 if there are none then."""
+        """Fetch the keys out of turn, or wait for the fetch under way. Raises Refusal 503 if that comes to nothing."""
         fetch = self._fetch
         if fetch is None and self.may_renew():
             self._asked_at = self._uptime()
             fetch = self._begin()
         if fetch is not None:
             await asyncio.wait({fetch})  # and not the task itself: who gives up waiting must not end it for the others
-        if self._current is None:
+        if self._current is None or self._failed:
             raise self._unavailable()
 
     async def ready(self) -> None:

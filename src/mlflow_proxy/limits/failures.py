@@ -44,7 +44,7 @@ class Failures:
         if now >= self._all_free:
             self._blocked.clear()
             return
-        blocked = self._blocked.get(_network(address))
+        blocked = self._blocked.get(network_of(address))
         if blocked is not None and now < blocked[0]:
             raise refusal(Full(blocked[1], blocked[0] - now))
 
@@ -52,7 +52,7 @@ class Failures:
         """Count a failure. Never raises: the caller gets its 401 in any case."""
         if not self._rates:
             return None
-        network = _network(address)
+        network = network_of(address)
         counted = [Counted(self._limiter, rate, network) for rate in self._rates]
         take(counted)
         self._block(network, fullest(counted))
@@ -79,7 +79,7 @@ class Failures:
         self._all_free = max(self._all_free, until)
 
 
-def _network(address: str) -> str:
+def network_of(address: str) -> str:
     """What counts as one: an IPv4 address, or the /64 of an IPv6 address (RFC 6177: the least that a site gets)."""
     if ":" not in address:
         return address

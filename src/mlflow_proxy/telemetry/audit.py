@@ -260,6 +260,8 @@ def _request_line(event: str, record: Record) -> str:
     """
     resources = json.dumps(record.resources) if record.resources else "{}"
     more = f', "not_looked_into": "{record.not_looked_into}"' if record.not_looked_into else ""
+    if record.repeated:
+        more = f'{more}, "repeated": {record.repeated}'
     reason = f', "reason": {json.dumps(cut_error(record.error))}' if record.error else ""
     return (
         f'{{"time": "{timestamp()}", "audit": {VERSION}, "event": "{event}", "request_id": "{record.request_id}", '

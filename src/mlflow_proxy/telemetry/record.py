@@ -51,6 +51,7 @@ class Record:
     `limit` is what a limit had to say: nothing,
     `waited 120 ms`, or which one refused (`caller rate`, `queue full`, …). `upstream_error` is the kind of failure
     between proxy and service, one of `metrics.UPSTREAM_ERRORS`; `throttled`: the service refused an attempt for now.
+    `repeated`: so many more requests of strangers at the same address there were, which have no line of their own.
     `set_cookie` is a header that the answer is to carry, and `trace` the request's spans, if traces are on.
     """
 
@@ -65,6 +66,7 @@ class Record:
         "limit",
         "method",
         "not_looked_into",
+        "repeated",
         "request_id",
         "resources",
         "retries",
@@ -107,6 +109,7 @@ class Record:
         self.upstream_request_id = ""
         self.upstream_error = ""
         self.limit = ""
+        self.repeated = 0
         self.error = ""
         self.set_cookie: bytes | None = None
         self.trace: RequestTrace | None = None
@@ -142,6 +145,7 @@ class Record:
             f'"upstream_ms": {round(self.upstream_seconds * 1000, 2)}, '
             f'"upstream_request_id": {json.dumps(ids) if ids else _EMPTY}, "retries": {self.retries}, '
             f'"limit": {json.dumps(self.limit) if self.limit else _EMPTY}'
+            f"{f', {_REPEATED}: {self.repeated}' if self.repeated else ''}"
             f"{f', {_ERROR}: {json.dumps(cut_error(self.error))}' if self.error else ''}}}"
         )
 
@@ -166,6 +170,8 @@ class Record:
             "retries": self.retries,
             "limit": self.limit,
         }
+        if self.repeated:
+            fields["repeated"] = self.repeated
         if self.error:
             fields["error"] = cut_error(self.error)
         return fields
@@ -175,6 +181,7 @@ _JSON_NOTICE = '{{"dropped_lines": {}}}'
 _TEXT_NOTICE = "{} log lines were dropped: the output was too slow"
 _EMPTY = '""'
 _ERROR = '"error"'
+_REPEATED = '"repeated"'
 
 
 def timestamp() -> str:
@@ -303,6 +310,7 @@ def _undivided(stream: TextIO) -> int:
 def _text_line(record: Record) -> str:
     fields = {name: "-" if value == "" else value for name, value in record.fields().items()}
     line = _TEXT.format(**fields)
-    for more in (record.limit, cut_error(record.error)):
+    repeated = f"and {record.repeated} more like this" if record.repeated else ""
+    for more in (record.limit, cut_error(record.error), repeated):
         line = f"{line}  {more}" if more else line
     return _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], line)
