@@ -26,6 +26,7 @@ from mlflow_proxy.access import keys as module
 from mlflow_proxy.access.caller import Caller, Unauthenticated
 from mlflow_proxy.access.key_record import KEY, KEYS_MAX, LINE_MAX, Key, KeysError, make_key, parse_keys
 from mlflow_proxy.access.keys import KeyRing
+from mlflow_proxy.errors import Refusal
 from mlflow_proxy.settings import Access, Aws
 
 NOW = datetime(2026, 11, 24, 6, 7, 48, tzinfo=UTC)
@@ -75,6 +76,9 @@ def knows(ring: KeyRing, key: str) -> bool:
     try:
         ring.identify(key)
     except Unauthenticated:
+        return False
+    except Refusal as refusal:  # nobody can tell: the keys were never read
+        assert refusal.status == 503
         return False
     return True
 
@@ -593,7 +597,9 @@ class TestChanges:
         path.write_text(text_of(key) + "{}")
 
         with ring_on(path) as ring:
-            assert not knows(ring, text)
+            with pytest.raises(Refusal) as caught:  # no mistake of the caller's: nobody knows which keys there are
+                ring.identify(text)
+            assert caught.value.status == 503
             assert "line 2: expires is missing" in errors(caplog)[0]
             assert errors(caplog)[0].endswith("it gives no keys")
 

@@ -29,6 +29,7 @@ from mlflow_proxy.access.caller import Unauthenticated
 from mlflow_proxy.access.key_record import Key, KeysError, make_key
 from mlflow_proxy.access.key_secret import SecretMissing, fetch_secret
 from mlflow_proxy.access.keys import KeyRing
+from mlflow_proxy.errors import Refusal
 from mlflow_proxy.settings import Access, Aws
 
 if TYPE_CHECKING:
@@ -141,6 +142,9 @@ def knows(ring: KeyRing, key: str) -> bool:
     try:
         ring.identify(key)
     except Unauthenticated:
+        return False
+    except Refusal as refusal:  # nobody can tell: the keys were never read
+        assert refusal.status == 503
         return False
     return True
 

@@ -67,7 +67,7 @@ def test_a_wrong_key_keeps_out_no_right_key_of_the_same_address(proxy: Proxy) ->
 
 
 def test_a_flood_of_strangers_fills_neither_log_nor_audit_log(proxy: Proxy) -> None:
-    flood = 3000
+    flood = 5000
     for _ in range(flood // 50):
         with Caller(proxy.port) as caller:
             caller.send(request("/x", "GET", f"X-Forwarded-For: {BESIDE}") * 50)
@@ -76,23 +76,13 @@ def test_a_flood_of_strangers_fills_neither_log_nor_audit_log(proxy: Proxy) -> N
     for output in (proxy.stdout, proxy.stderr):
         lines = [json.loads(line) for line in output.read_text().splitlines() if line.startswith("{")]
         counted = [line for line in lines if line.get("client") == BESIDE]
-        assert len(counted) < flood // 5
+        assert len(counted) < flood // 4
         assert sum(1 + line.get("repeated", 0) for line in counted) == flood
 
 
 def new_key(proxy: Proxy) -> str:
-    command = [
-        sys.executable,
-        "-m",
-        "mlflow_proxy",
-        "keys",
-        "new",
-        "right",
-        "--role",
-        "all",
-        "-c",
-        str(proxy.folder / "proxy.toml"),
-    ]
+    made = ["keys", "new", "--name", "right", "--role", "all", "-c", str(proxy.folder / "proxy.toml")]
+    command = [sys.executable, "-m", "mlflow_proxy", *made]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     key = re.search(r"mlp_\w+", done.stdout)
     assert key is not None, done.stdout

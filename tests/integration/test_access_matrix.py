@@ -296,7 +296,9 @@ def check_strangers(at: Site, peer: Peer, headers: Pairs, runs: Runs, control: C
     sent = [(where, kind, send(peer, (*headers, at.client()), ask)) for where, kind, ask in asks(runs)]
     assert {(where, kind): answer.status for where, kind, answer in sent if answer.status != 401} == {}
     assert len({answer.json["message"] for *_, answer in sent}) == 1
-    assert all(answer.values("www-authenticate") == ['Bearer realm="mlflow-proxy"'] for *_, answer in sent)
+    shown = any(name.lower() in ("authorization", "x-api-key") for name, _ in headers)
+    challenge = 'Bearer realm="mlflow-proxy"' + (', error="invalid_token"' if shown else "")  # RFC 6750 section 3.1
+    assert all(answer.values("www-authenticate") == [challenge] for *_, answer in sent)
     assert control("GET", "requests?last=2000")["requests"] == []
     lines = at.log(answer for *_, answer in sent)
     assert {(line["caller"], line["role"]) for line in lines} == {("", "")}
@@ -325,7 +327,8 @@ def test_iam_has_the_last_word(at: Site, control: Control) -> None:
     assert send(at.trusted, headers, ASKS["read"]).status == 200
     refused = send(at.trusted, headers, ASKS["write"])
     assert (refused.status, refused.json["error_code"]) == (403, "PERMISSION_DENIED")
-    assert "sagemaker-mlflow:SetExperimentTag" in refused.json["message"]
+    assert "The AWS identity that this proxy signs with for you may not do this." in refused.json["message"]
+    assert "sagemaker-mlflow:SetExperimentTag" in at.log([refused])[0]["error"]
     read, write = (each for each in control("GET", "requests?last=10")["requests"] if each["plane"] == "mlflow")
     assert read["principal"] == write["principal"] == principal(("reader", "optimist"), "key:optimist")[0]
     assert (read["verdict"], write["verdict"]) == ("allowed", "AccessDeniedException")

@@ -247,8 +247,10 @@ def test_methods_that_mlflow_does_not_have(at: Site, control: Control) -> None:
     for method in ("PROPFIND", "LINK", "PURGE", "OPTIONS", "DELETE", "PUT", "PATCH"):
         answer = at.trusted.call(method, read, at.key("reader"))
         assert (answer.status, answer.json["error_code"]) == (403, "PERMISSION_DENIED"), method
-    for method in ("get", "Get", "TRACE", "TRACK", "DELETE.", "G-T", "A'|`~"):
+    for method in ("get", "Get", "TRACE", "TRACK", "BREW"):
         assert at.trusted.call(method, READ, at.key("admin")).status == 501, method
+    for method in ("DELETE.", "G-T", "A'|`~"):
+        assert at.trusted.call(method, READ, at.key("admin")).status == 400, method
     assert arrived(control) == []
     at.trusted.call("HEAD", READ, at.key("reader"))  # which is as good as a GET, and MLflow's to answer
     assert arrived(control) == [("tracking", "HEAD", read)]
@@ -513,7 +515,10 @@ def guess(at: Site, address: str, client: str = "") -> Answer:
 
 
 def test_guessing_through_the_load_balancer(at: Site) -> None:
-    """Counted for the client behind it, whatever that wrote into X-Forwarded-For itself; never for all the others."""
+    """Counted for the client behind it, whatever that wrote into X-Forwarded-For itself; never for all the others.
+
+    Who shows what is right is known there, too: it may be one of many at a NAT's address.
+    """
     client, other = at.client()[1], at.client()[1]
     right = at.key("reader")
 
@@ -526,8 +531,10 @@ def test_guessing_through_the_load_balancer(at: Site) -> None:
     refused = guess(at, "127.0.0.1", client)
     assert (refused.status, refused.json["error_code"]) == (429, "REQUEST_LIMIT_EXCEEDED")
     assert int(refused.value("retry-after")) >= 1
-    assert (status(client), status(f"192.0.2.99, {client}"), status(f"{other}, {client}")) == (429, 429, 429)
-    assert (status(other), status(f"{client}, {other}")) == (200, 200)
+    for name in (f"192.0.2.99, {client}", f"{other}, {client}"):
+        assert guess(at, "127.0.0.1", name).status == 429
+    assert (status(client), status(other), status(f"{client}, {other}")) == (200, 200, 200)
+    assert guess(at, "127.0.0.1", f"{client}, {other}").status == 401
     assert at.trusted.call("GET", VERSION, right).status == 200
     assert at.log([refused])[0]["client"] == client
     assert at.audited([refused])[0]["event"] == "denied"
@@ -540,8 +547,8 @@ def test_guessing_from_elsewhere(at: Site) -> None:
     for n in range(FAILURE_RATE):
         assert guess(at, mine, f"192.0.2.{n}").status == 401
     assert guess(at, mine, "192.0.2.200").status == 429
-    assert at.peer(mine).call("GET", VERSION, (*right, ("X-Forwarded-For", "192.0.2.201"))).status == 429
-    assert at.peer(mine).call("GET", READ, right).status == 429
+    assert at.peer(mine).call("GET", READ, right).status == 200
+    assert guess(at, mine).status == 429
     assert at.peer(another).call("GET", VERSION, right).status == 200
     assert try_it(at, *right) == 200
     # The client that was named is not the one that failed.
@@ -562,10 +569,11 @@ def test_every_way_counts_as_guessing(at: Site, way: str) -> None:
         at.trusted.call("GET", VERSION, (*headers, ("X-Forwarded-For", client))).status for _ in range(FAILURE_RATE + 2)
     ]
     last = at.trusted.call("GET", VERSION, (*at.key("reader"), ("X-Forwarded-For", client))).status
+    assert last == 200
     if way == "session":  # one that is over is everyday's; and nobody guesses AES-GCM
-        assert (set(statuses), last) == ({401}, 200)
+        assert set(statuses) == {401}
     else:
-        assert (statuses, last) == ([401] * FAILURE_RATE + [429] * 2, 429)
+        assert statuses == [401] * FAILURE_RATE + [429] * 2
 
 
 def test_asking_without_anything_is_no_guess(at: Site) -> None:
@@ -949,9 +957,6 @@ def test_requests_cannot_write_into_the_record(at: Site) -> None:
     whole = b"GET /-/version HTTP/1.1\r\nHost: localhost\r\nX-API-Key: " + at.keys["admin"].encode()
     for more in (b"X-Request-Id: forged-id\r\n forged", b"X-Request-Id: forged-id\rforged: x", b"X-A: \x00forged"):
         assert call_raw(at.proxy.port, whole + b"\r\n" + more + b"\r\n\r\n").status == 400
-    unread = [answer for answer in answers if not answer.values("x-request-id")]  # by the server, before the proxy
-    assert {answer.status for answer in unread} == {400}
-    answers = [answer for answer in answers if answer not in unread]
     lines = at.log(answers)
     assert {line["caller"] for line in lines if line["status"] != 400 and line["status"] != 501} == {"key:admin"}
     assert {line["role"] for line in lines if line["status"] in (200, 404)} <= {"admin", ""}

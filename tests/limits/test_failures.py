@@ -139,7 +139,7 @@ def test_many_addresses_take_bounded_memory(clock: SimpleNamespace, monkeypatch:
 
 def test_asking_is_free_again_when_nobody_waits(clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    network = module._network
+    network = module.network_of
 
     def noted(address: str) -> str:
         asked.append(address)
@@ -147,7 +147,7 @@ def test_asking_is_free_again_when_nobody_waits(clock: SimpleNamespace, monkeypa
 
     of = failures()
     fail(of, "192.0.2.7", 3)
-    monkeypatch.setattr(module, "_network", noted)
+    monkeypatch.setattr(module, "network_of", noted)
     assert blocked(of, "2001:db8::1") is None
     assert asked == ["2001:db8::1"]
     clock.now += 3600

@@ -549,7 +549,7 @@ class Connection(asyncio.Protocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         """One header line; trailers, which come after the head, are dropped."""
         if not self._head_done and self._held is not None:
-            self._held.headers.append((name.lower(), value))
+            self._held.headers.append((name.lower(), value.rstrip(b" \t")))  # RFC 9110 section 5.5
 
     def on_headers_complete(self) -> None:
         """The head is whole."""

@@ -14,7 +14,7 @@ from mlflow_proxy.limits.failures import network_of
 from mlflow_proxy.telemetry.record import Record
 
 # Lines that an address, and all together, may have at once; and how many of them come back each second.
-BURST, ALL_BURST = 300, 2000
+BURST, ALL_BURST = 1000, 5000
 _RATE, _ALL_RATE = 1.0, 10.0
 # Seconds between two lines that count.
 INTERVAL = 10.0
@@ -50,7 +50,7 @@ class _Bucket:
 
 
 class Strangers:
-    """Decides of one worker's requests of strangers which get a line; `write` is given those of whom others were counted.
+    """Decides which of one worker's requests of strangers get a line; `write` is given those that count others.
 
     Made, used and closed in one event loop.
     """
