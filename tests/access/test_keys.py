@@ -75,10 +75,7 @@ def ring_on(path: Path, clock: Clock | None = None) -> Iterator[KeyRing]:
 def knows(ring: KeyRing, key: str) -> bool:
     try:
         ring.identify(key)
-    except Unauthenticated:
-        return False
-    except Refusal as refusal:  # nobody can tell: the keys were never read
-        assert refusal.status == 503
+    except (Unauthenticated, Refusal):  # wrong, or nobody can tell, as the keys were never read
         return False
     return True
 

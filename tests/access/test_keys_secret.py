@@ -141,10 +141,7 @@ def text_of(*keys: Key) -> str:
 def knows(ring: KeyRing, key: str) -> bool:
     try:
         ring.identify(key)
-    except Unauthenticated:
-        return False
-    except Refusal as refusal:  # nobody can tell: the keys were never read
-        assert refusal.status == 503
+    except (Unauthenticated, Refusal):  # wrong, or nobody can tell, as the keys were never read
         return False
     return True
 
