@@ -96,12 +96,16 @@ class Refusal(Exception):
             limit=self.limit,
         )
 
+    def said(self, request_id: str) -> str:
+        """What the caller reads."""
+        if self.in_log:  # in the message, since MLflow's clients show nothing else of the body
+            where = f"The proxy's operator finds the reason in its log, under the request id {request_id}."
+            return f"{self.message} {where}"
+        return self.message
+
     def answer(self, request_id: str) -> tuple[int, Headers, bytes]:
         """Status, headers and body to send."""
-        message = self.message
-        if self.in_log:  # in the message, since MLflow's clients show nothing else of the body
-            message = f"{message} The proxy's operator finds the reason in its log, under the request id {request_id}."
-        body = error_body(self.error_code, message, request_id)
+        body = error_body(self.error_code, self.said(request_id), request_id)
         headers: Headers = [
             (b"content-type", b"application/json"),
             (b"content-length", b"%d" % len(body)),

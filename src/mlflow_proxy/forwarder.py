@@ -100,7 +100,7 @@ class Forwarder:
                 data, body = b"", NO_PAYLOAD  # a long answer must not hold them
             # 8 relay
             record.step("relay")
-            await self._relay(answer, route, call, record)
+            await self._relay(answer, route, request.path, call, record)
         finally:
             if answer is not None and answer.connection is not None:
                 self._sender.done(route.target, answer.connection)
@@ -119,10 +119,10 @@ class Forwarder:
             return route, action, None
         return route, action, self._policy.decide(caller, route.target.name, action.name)
 
-    async def _relay(self, answer: Answer, route: Route, call: Call, record: Record) -> None:
+    async def _relay(self, answer: Answer, route: Route, path: str, call: Call, record: Record) -> None:
         if answer.error is not None:
             raise answer.error.refusal()
-        headers = protected(downstream_headers(answer.headers, route.target.endpoint, route.prefix), route.path)
+        headers = protected(downstream_headers(answer.headers, route.target.endpoint, route.prefix, path), route.path)
         headers.append((b"x-request-id", record.request_id.encode("ascii")))
         if record.set_cookie is not None:  # what a shared cache keeps must not have one person's cookie
             headers = [pair for pair in headers if pair[0] != b"cache-control"]

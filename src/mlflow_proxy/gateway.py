@@ -29,8 +29,9 @@ from mlflow_proxy.http1 import UpstreamError
 from mlflow_proxy.inbound.connection import Call, CallerGone
 from mlflow_proxy.limits import OWN_PAGES, Limits
 from mlflow_proxy.portal import VISIT, Parts, Portal, Visit
+from mlflow_proxy.portal.notices import PAGE_HEADERS
 from mlflow_proxy.readiness import Readiness
-from mlflow_proxy.requests import Request, RequestIds, RequestReader, refuse_foreign
+from mlflow_proxy.requests import Request, RequestIds, RequestReader, refuse_foreign, wants_page
 from mlflow_proxy.routing import OWN_PREFIX, Routes
 from mlflow_proxy.runtime import Runtime
 from mlflow_proxy.sending import Sender
@@ -49,6 +50,7 @@ logger = logging.getLogger(__name__)
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 _HEALTH_PATH = b"/-/health"
+_OWN_ROOT = OWN_PREFIX.rstrip("/")
 _HEALTH = b'{"status": "ok"}\n'
 _HEALTH_HEADERS = [
     (b"content-type", b"application/json"),
@@ -93,16 +95,13 @@ class Gateway:
             record.caller_address = call.peer
             request = self._reader.read(call)
             record.caller_address = request.client
-            if request.path.startswith(OWN_PREFIX):
-                await self._own(request, call, record)
-            else:
-                await self._forwarder(request, call, record)
+            await self._answer(request, call, record)
         except Refusal as refusal:
             if request is None:
                 record.caller_address = self._reader.client(call)[0]
             else:
                 await self._take_body(request, call, refusal)
-            _refuse(call, refusal, record)
+            self._refuse(call, refusal, record)
         except CallerGone:
             record.status = _CALLER_GONE
         except asyncio.CancelledError:
@@ -116,9 +115,32 @@ class Gateway:
             record.upstream_error = "cut" if isinstance(error, UpstreamError) else ""
         except Exception:
             logger.exception("request %s failed", record.request_id)
-            _refuse(call, Refusal(500, "The proxy failed.", in_log=True), record)
+            self._refuse(call, Refusal(500, "The proxy failed.", in_log=True), record)
         finally:
             self._keep(record)
+
+    async def _answer(self, request: Request, call: Call, record: Record) -> None:
+        if request.path.startswith(OWN_PREFIX):
+            await self._own(request, call, record)
+        elif request.path == _OWN_ROOT:
+            raise Refusal(308, "Use /-/.", error_code="REDIRECT", headers=[("location", "-/")])
+        else:
+            await self._forwarder(request, call, record)
+
+    def _refuse(self, call: Call, refusal: Refusal, record: Record) -> None:
+        record.error = refusal.reason
+        record.limit = refusal.limit or record.limit
+        if call.begun:
+            return
+        status, headers, body = refusal.answer(record.request_id)
+        if status >= 400 and wants_page(call):
+            page = self._notice(refusal, record, call.path.decode("latin-1"))
+            headers, body = [pair for pair in headers if pair[0] not in PAGE_HEADERS] + page.headers, page.body
+        headers += (NO_SNIFFING, NO_FRAMES)
+        record.status = status
+        record.add_bytes_out(len(body))
+        call.keep = call.keep and not refusal.close
+        call.respond(status, headers, body)
 
     async def _take_body(self, request: Request, call: Call, refusal: Refusal) -> None:
         """Take the body of a refused request off the connection, if it is short, so that this can be kept."""
@@ -163,6 +185,7 @@ class Gateway:
         else:
             caller = await self._identity.identify(request, record)
             await self._admit(page, caller, request, record)
+        report = await self._readiness.report() if page.needs_readiness else None  # no thread waits for AWS
         body = await self._bodies.collect(request, call.receive, limit=_OWN_BODY_LIMIT) if request.has_body else b""
         record.bytes_in = len(body)
         own = {
@@ -178,7 +201,7 @@ class Gateway:
             "client": (call.peer, 0),
             "server": (request.host, None),
             "root_path": "",
-            VISIT: Visit(record, request.client, caller),
+            VISIT: Visit(record, request.client, caller, report, request.navigates),
         }
 
         headers: list[tuple[bytes, bytes]] = []
@@ -259,7 +282,7 @@ class Gateway:
             audited=settings.audit.to != "off",
             idle_timeout=settings.upstream.idle_timeout,
         )
-        readiness = Readiness(targets, self._sender, self._credentials, settings.server.ready_max_age)
+        readiness = self._readiness = Readiness(targets, self._sender, self._credentials, settings.server.ready_max_age)
         parts = Parts(
             settings,
             self._runtime,
@@ -271,7 +294,8 @@ class Gateway:
             sessions,
             ways.tokens,
         )
-        self._portal = Portal(parts).asgi
+        portal = Portal(parts)
+        self._portal, self._notice = portal.asgi, portal.notice
         self._tracing = _tracing(settings)
         self._metrics.state = partial(self._state, targets)
         self._metrics.start(asyncio.get_running_loop())
@@ -317,19 +341,6 @@ def _tracing(settings: Settings) -> Tracing | None:
 async def _settled(pending: Awaitable[None] | None) -> None:
     if pending is not None:
         await pending
-
-
-def _refuse(call: Call, refusal: Refusal, record: Record) -> None:
-    record.error = refusal.reason
-    record.limit = refusal.limit or record.limit
-    if record.status:  # an answer has begun
-        return
-    status, headers, body = refusal.answer(record.request_id)
-    headers += (NO_SNIFFING, NO_FRAMES)
-    record.status = status
-    record.add_bytes_out(len(body))
-    call.keep = call.keep and not refusal.close
-    call.respond(status, headers, body)
 
 
 def create_app(settings: Settings, runtime: Runtime) -> Gateway:

@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 from mlflow_proxy.access.mistakes import access_problems, identifies
 from mlflow_proxy.options import options, sections
 from mlflow_proxy.settings import CONFIG_VARIABLE, ENV_PREFIX, KEY_VARIABLE, Settings, is_loopback
-from mlflow_proxy.targets import TargetError, parse_endpoint
+from mlflow_proxy.targets import TargetError, parse_endpoint, parse_public_url
 
 
 def broken_json(environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:
@@ -132,11 +132,15 @@ def _body_problems(server: dict[str, Any]) -> Iterator[str]:
 
 
 def _url_problems(data: dict[str, Any]) -> Iterator[str]:
-    for section, name in (("server", "public_url"), ("aws", "sts_endpoint"), ("aws", "sagemaker_endpoint")):
+    for section, name, parse in (
+        ("server", "public_url", parse_public_url),
+        ("aws", "sts_endpoint", parse_endpoint),
+        ("aws", "sagemaker_endpoint", parse_endpoint),
+    ):
         value = _table(data, section).get(name)
         if isinstance(value, str):
             try:
-                parse_endpoint(value)
+                parse(value)
             except TargetError as error:
                 yield f"{section}.{name}: {_without_password(repr(value))} {error}"
     proxy = _table(data, "upstream").get("proxy")

@@ -44,16 +44,43 @@ class Readiness:
         self._max_age = max_age
         self._failures: dict[str, tuple[float, NotReady]] = {}
         self._locks = {target.name: asyncio.Lock() for target in self._targets}
+        self._asking: dict[str, asyncio.Task[NotReady | None]] = {}
 
-    async def report(self, *, for_operator: bool) -> tuple[bool, dict[str, Any]]:
-        """Whether all targets are ready, and why not, as JSON-able values. Only operators get the whole reasons."""
-        states = await asyncio.gather(*(self._state(target, for_operator=for_operator) for target in self._targets))
-        ready = all(state["ready"] for state in states)
+    async def report(self) -> dict[str, Any]:
+        """Whether all targets are ready, and why not, as JSON-able values; targets are asked, if need be."""
+        failures = await asyncio.gather(*(self._failure(target) for target in self._targets))
+        states = [
+            self._state(target, failure, for_operator=True)
+            for target, failure in zip(self._targets, failures, strict=True)
+        ]
         named = {target.name: state for target, state in zip(self._targets, states, strict=True)}
-        return ready, {"ready": ready, "targets": named}
+        return {"ready": all(state["ready"] for state in states), "targets": named}
 
-    async def _state(self, target: Target, *, for_operator: bool) -> dict[str, Any]:
-        failure = await self._failure(target)
+    async def known(self, *, for_operator: bool) -> dict[str, dict[str, Any]]:
+        """The same of each target at once, by what is known; `checking` says that it is being asked just now.
+
+        Only operators get the whole reasons. To be called in the event loop; it waits for nobody.
+        """
+        states = {}
+        for target in self._targets:
+            failure = self._failures.get(target.name, (0.0, None))[1]
+            asked_lately = self._known(target)
+            if asked_lately is None:
+                self._ask(target)
+            else:
+                failure = asked_lately[0]
+            states[target.name] = {
+                **self._state(target, failure, for_operator=for_operator),
+                "checking": asked_lately is None,
+            }
+        return states
+
+    def _ask(self, target: Target) -> None:
+        if target.name not in self._asking:
+            task = self._asking[target.name] = asyncio.get_running_loop().create_task(self._failure(target))
+            task.add_done_callback(lambda _: self._asking.pop(target.name, None))
+
+    def _state(self, target: Target, failure: NotReady | None, *, for_operator: bool) -> dict[str, Any]:
         status = self._credentials.status(target)
         remaining = None if status.expires_at is None else max(0, round(status.expires_at - time.time()))
         return {
@@ -67,18 +94,25 @@ class Readiness:
     async def _failure(self, target: Target) -> NotReady | None:
         """Why a target is not ready; None if it is."""
         async with self._locks[target.name]:
-            now = time.monotonic()
-            if now - self._sender.last_success.get(target.name, -self._max_age) < self._max_age:
-                status = self._credentials.status(target)
-                words = "no valid AWS credentials"
-                return None if status.usable else NotReady(words, f"{words}: {status.error}")
-            failed_at, known = self._failures.get(target.name, (-_FAILURE_AGE, None))
-            if now - failed_at < _FAILURE_AGE:
-                return known
+            known = self._known(target)
+            if known is not None:
+                return known[0]
             failure = await self._probe(target)
-            if failure is not None:
+            if failure is None:
+                self._failures.pop(target.name, None)
+            else:
                 self._failures[target.name] = (time.monotonic(), failure)
             return failure
+
+    def _known(self, target: Target) -> tuple[NotReady | None] | None:
+        """What is known of late; None if the target has to be asked."""
+        now = time.monotonic()
+        if now - self._sender.last_success.get(target.name, -self._max_age) < self._max_age:
+            status = self._credentials.status(target)
+            words = "no valid AWS credentials"
+            return (None if status.usable else NotReady(words, f"{words}: {status.error}"),)
+        failed_at, failure = self._failures.get(target.name, (-_FAILURE_AGE, None))
+        return (failure,) if now - failed_at < _FAILURE_AGE else None
 
     async def _probe(self, target: Target) -> NotReady | None:
         """Send a signed request; None if MLflow answered it."""

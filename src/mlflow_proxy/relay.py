@@ -13,6 +13,7 @@ from functools import lru_cache
 from mlflow_proxy.errors import NO_SNIFFING
 from mlflow_proxy.http1 import Connection
 from mlflow_proxy.inbound.connection import Call
+from mlflow_proxy.requests import up
 from mlflow_proxy.targets import Endpoint
 
 Headers = list[tuple[bytes, bytes]]
@@ -56,15 +57,18 @@ _UPSTREAM_IDS = (b"x-amzn-requestid", b"x-amz-request-id")
 _ABSOLUTE = re.compile(r"(?:(https?):)?//([^/?#]*)([^#]*(?:#.*)?)", re.IGNORECASE | re.DOTALL)
 
 
-def downstream_headers(headers: Headers, endpoint: Endpoint, prefix: str) -> Headers:
-    """The headers of an answer that the caller gets: names in lower case, order and duplicates kept."""
+def downstream_headers(headers: Headers, endpoint: Endpoint, prefix: str, path: str = "") -> Headers:
+    """The headers of an answer that the caller gets: names in lower case, order and duplicates kept.
+
+    `path` is the one that the caller asked for, to which redirects are then relative.
+    """
     kept: Headers = []
     named: set[bytes] = set()
     for name, value in headers:
         lowered, passes = _judge(name)
         if passes:
             if lowered in _LOCATIONS:
-                value = rewrite_location(value.decode("latin-1"), endpoint, prefix).encode("latin-1")  # noqa: PLW2901
+                value = rewrite_location(value.decode("latin-1"), endpoint, prefix, path).encode("latin-1")  # noqa: PLW2901
             kept.append((lowered, value))
         elif lowered == b"connection":
             named.update(token.strip().lower() for token in value.split(b","))
@@ -97,10 +101,11 @@ def _judge(name: bytes) -> tuple[bytes, bool]:
     return lowered, lowered not in DROPPED_HEADERS and not lowered.startswith(_AWS_PREFIXES)
 
 
-def rewrite_location(location: str, endpoint: Endpoint, prefix: str) -> str:
+def rewrite_location(location: str, endpoint: Endpoint, prefix: str, path: str = "") -> str:
     """Where a redirect leads, as seen from the caller: the upstream's own URLs become paths on the proxy.
 
-    `prefix` is the target's, such as `/t/dev`, or empty. Other hosts' URLs and relative ones stay.
+    `prefix` is the target's, such as `/t/dev`, or empty. Other hosts' URLs and relative ones stay. With `path`, which
+    the caller asked for, they are relative to that: a server in front may have taken a prefix off it.
     """
     match = _ABSOLUTE.fullmatch(location)
     if match:
@@ -112,7 +117,7 @@ def rewrite_location(location: str, endpoint: Endpoint, prefix: str) -> str:
     if not location.startswith("/"):
         return location
     # Browsers take backslashes for slashes, leave out white space, and read a second slash as another host's name.
-    return f"{prefix}/{location.lstrip(_SLASHES)}"
+    return f"{up(path) if path else '/'}{prefix.lstrip('/')}{'/' if prefix else ''}{location.lstrip(_SLASHES)}"
 
 
 def _authorities(endpoint: Endpoint, scheme: str | None) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from mlflow_proxy.errors import Refusal
 from mlflow_proxy.inbound.connection import Call
 from mlflow_proxy.settings import LOOPBACK_HOSTS, Network, Server
-from mlflow_proxy.targets import parse_endpoint
+from mlflow_proxy.targets import parse_public_url
 from mlflow_proxy.transform import canonical_path, canonical_query
 
 # Name by name, never by pattern: MLflow has switches among the x-mlflow-… headers, such as X-MLflow-Guardrail-Bypass.
@@ -109,6 +109,13 @@ IDENTITY_HEADERS = frozenset(
         b"x-user",
     }
 )
+_OPEN = "Open {} instead (server.public_url)."
+# nginx sends its own name for the upstream as Host, if it is not told otherwise, and then each page is a foreign one.
+_NO_ADDRESS = (
+    "Open the proxy's own address instead. If you did, a server in front of it changes the Host header: the operator "
+    "sets server.public_url to the address that you opened, or passes the header on (nginx: proxy_set_header Host "
+    "$http_host)."
+)
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 _COMMON_METHODS = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"})
 _METHOD = re.compile(r"[A-Z]{1,32}")
@@ -123,9 +130,7 @@ def refuse_foreign(request: Request, *, writes: bool) -> None:
     Browsers send cookies, Basic credentials and certificates unasked, so how a caller was identified does not matter.
     """
     if request.foreign and (writes or request.method not in _SAFE_METHODS):
-        raise Refusal(
-            403, "A page of another site sent this request. Open the proxy's own address instead.", close=True
-        )
+        raise Refusal(403, f"A page of another site sent this request. {request.own_address}", close=True)
 
 
 class Presented(dict[bytes, list[bytes]]):
@@ -141,7 +146,8 @@ class Request(NamedTuple):
     `presented` is what may identify the caller; of headers that only a trusted proxy may set, it has none from
     elsewhere, and `dropped_identity` counts those left out. `navigates`: a browser wants to show the answer as a page.
     `foreign`: a page of another site sent it. `behind_proxy`: `client` is a trusted proxy, which did not say for whom
-    it asks, so that all its callers have this address.
+    it asks, so that all its callers have this address. `own_address` says to people what to open instead of a page of
+    another site.
     """
 
     method: str
@@ -159,6 +165,7 @@ class Request(NamedTuple):
     navigates: bool = False
     foreign: bool = False
     behind_proxy: bool = False
+    own_address: str = ""
 
 
 class RequestIds:
@@ -191,7 +198,8 @@ class RequestReader:
         self._hosts = AllowedHosts(server)
         self._trusted = server.trusted_proxies
         self._hops = server.trusted_hops
-        self._public_origin = parse_endpoint(server.public_url).url.lower().encode() if server.public_url else b""
+        self._own_address = _OPEN.format(server.public_url) if server.public_url else _NO_ADDRESS
+        self._public_origin = parse_public_url(server.public_url)[0].url.lower().encode() if server.public_url else b""
 
     def read(self, call: Call) -> Request:
         """Check and reduce one request. Raises Refusal for all that is not plainly a good one."""
@@ -226,6 +234,7 @@ class RequestReader:
             _navigates(method, noted, passed),
             foreign,
             client == call.peer and is_trusted(client, self._trusted),
+            self._own_address if foreign else "",
         )
 
     def _drop_claims(self, peer: str, presented: Presented) -> int:
@@ -383,6 +392,19 @@ def is_trusted(text: str, trusted: list[Network]) -> bool:
     address = ip_address(text)
     address = getattr(address, "ipv4_mapped", None) or address  # how a socket for both families names IPv4 peers
     return any(address in network for network in trusted)
+
+
+def up(path: str) -> str:
+    """The relative way from a page at `path` to the proxy's root, which need not be that of its host: `../../`."""
+    return "../" * (path.count("/") - 1) or "./"
+
+
+def wants_page(call: Call) -> bool:
+    """Whether a browser wants to show the answer, of a request that may not be a good one."""
+    noted: dict[bytes, list[bytes]] = {}
+    for name, value in call.headers:
+        noted.setdefault(name, []).append(value)
+    return _navigates(call.method, noted, call.headers)
 
 
 def _navigates(method: str, noted: dict[bytes, list[bytes]], passed: list[tuple[bytes, bytes]]) -> bool:

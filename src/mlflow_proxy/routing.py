@@ -47,7 +47,8 @@ class Routes:
         if target is None:
             raise self.unknown(name, visible)
         if not slash:  # MLflow's UI refers to its files relatively, so it needs the slash
-            location = f"{PREFIX}{name}/" + (f"?{query}" if query else "")
+            # Relative, as all locations: a server in front may have taken a prefix off the path.
+            location = f"{name}/" + (f"?{query}" if query else "")
             raise Refusal(308, f"Use {PREFIX}{name}/.", error_code="REDIRECT", headers=[("location", location)])
         return Route(target, PREFIX + name, f"/{rest}")
 

@@ -121,6 +121,17 @@ def default_endpoint(arn: Arn) -> Endpoint:
     return Endpoint("https", host, 443)
 
 
+def parse_public_url(url: str) -> tuple[Endpoint, str]:
+    """The address by which callers know the proxy, and the path below which it is there: `/mlflow`, or nothing.
+
+    Raises TargetError.
+    """
+    match = re.fullmatch(r"([^:/?#]+://[^/?#]*)((?:/[A-Za-z0-9._~-]+)*)/?", url)
+    if match is None:
+        raise TargetError("is not an http(s) URL, with a plain path at the most; write one like https://host/mlflow")
+    return parse_endpoint(match[1]), match[2]
+
+
 def parse_endpoint(url: str) -> Endpoint:
     """An endpoint that replaces the public one: scheme, host and port only."""
     try:

@@ -30,7 +30,7 @@ from mlflow_proxy.access.oidc import TokenVerifier
 from mlflow_proxy.access.session import Sessions
 from mlflow_proxy.errors import Refusal
 from mlflow_proxy.limits import Limits
-from mlflow_proxy.requests import Request
+from mlflow_proxy.requests import Request, up
 from mlflow_proxy.settings import Settings
 from mlflow_proxy.telemetry.metrics import Metrics
 from mlflow_proxy.telemetry.record import Record
@@ -180,7 +180,7 @@ class Identity:
         """A browser that wants a page is sent to sign in; everybody else gets 401, always the same."""
         if self._sign_in and request.navigates and _may_be_a_person(request):
             target = request.path + (f"?{request.query}" if request.query else "")
-            location = f"{SIGN_IN}?next={quote(target, safe='')}"
+            location = f"{up(request.path)}{SIGN_IN.lstrip('/')}?next={quote(target, safe='')}"
             return Refusal(
                 303, "Sign in first.", error_code="REDIRECT", headers=[("location", location)], detail=reason
             )

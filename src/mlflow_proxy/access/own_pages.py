@@ -11,14 +11,16 @@ class OwnPage(NamedTuple):
     """A page: its `route` for the log, and the `action` that a role must allow.
 
     `stranger`: it is for those who are not identified yet, and `answers_provider` where they show what the identity
-    provider gave them. `is_link`: the page makes a link to one target's UI, and
-    the action is that target's. Otherwise an empty action means that any role will do.
+    provider gave them. `needs_readiness`: it shows how the targets are, which may have to be asked. `is_link`: the page
+    makes a link to one target's UI, and the action is that target's. Otherwise an empty action means that any role
+    will do.
     """
 
     route: str
     action: str = ""
     stranger: bool = False
     answers_provider: bool = False
+    needs_readiness: bool = False
     is_link: bool = False
 
 
@@ -26,7 +28,7 @@ _PAGES = {
     "/-/": OwnPage("/-/"),
     "/-/version": OwnPage("/-/version"),
     "/-/whoami": OwnPage("/-/whoami"),
-    "/-/ready": OwnPage("/-/ready", f"{OWN_PREFIX}GetReadiness"),
+    "/-/ready": OwnPage("/-/ready", f"{OWN_PREFIX}GetReadiness", needs_readiness=True),
     "/-/metrics": OwnPage("/-/metrics", f"{OWN_PREFIX}GetMetrics"),
     "/-/sign-in": OwnPage("/-/sign-in", stranger=True),
     "/-/signed-in": OwnPage("/-/signed-in", stranger=True, answers_provider=True),

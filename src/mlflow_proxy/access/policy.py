@@ -137,6 +137,10 @@ class Policy:
         """Whether the caller may have presigned links to a target's UI."""
         return isinstance(self._known(caller, target, link_action(self._targets[target])), Decision)
 
+    def allows(self, caller: Caller, target: str, action: str) -> bool:
+        """Whether a role allows the caller an action there."""
+        return isinstance(self._known(caller, target, action), Decision)
+
     def role_names(self, caller: Caller) -> list[str]:
         """The caller's roles, in the order of the file."""
         return [role.name for role in self._roles if role.is_of(caller)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from a2wsgi import WSGIMiddleware
@@ -18,6 +19,7 @@ from mlflow_proxy.access.session import Sessions
 from mlflow_proxy.aws.credentials import CredentialStore
 from mlflow_proxy.errors import NO_FRAMES, NO_SNIFFING, Refusal
 from mlflow_proxy.portal import pages, ui
+from mlflow_proxy.portal.notices import CONTENT_POLICY, PAGE_HEADERS, refusal_page
 from mlflow_proxy.portal.places import DEADLINE, MOST_WAITING, Places
 from mlflow_proxy.readiness import Readiness
 from mlflow_proxy.routing import Routes
@@ -51,11 +53,15 @@ class Parts:
 
 
 class Visit(NamedTuple):
-    """Who asks for a page, for its log line too. `caller` is None on pages that strangers may see."""
+    """Who asks for a page, for its log line too. `caller` is None on pages that strangers may see; `report` is how the
+    targets are, on the page that shows it. `navigates`: a browser wants to show the answer.
+    """
 
     record: Record
     client: str
     caller: Caller | None
+    report: dict[str, Any] | None
+    navigates: bool
 
 
 class Portal:
@@ -65,8 +71,10 @@ class Portal:
         self.parts = parts
         self._loop = asyncio.get_running_loop()
         self.place = Places().place
-        wsgi: Any = _flask(self)
+        flask = _flask(self)
+        wsgi: Any = flask
         self.asgi: Any = WSGIMiddleware(wsgi, workers=_THREADS)
+        self.notice = partial(refusal_page, flask.jinja_env, sign_in=parts.sessions is not None)
 
     def in_loop(self, work: Coroutine[Any, Any, T], deadline: float = DEADLINE) -> T:
         """Run a coroutine in the event loop and wait for it, from a page's thread, for `deadline` seconds.
@@ -101,9 +109,7 @@ def _flask(portal: Portal) -> Flask:
         for name, value in (NO_SNIFFING, NO_FRAMES):
             response.headers[name.decode()] = value.decode()
         response.headers["referrer-policy"] = "no-referrer"
-        response.headers["content-security-policy"] = (
-            "default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
-        )
+        response.headers["content-security-policy"] = CONTENT_POLICY
         return response
 
     @app.errorhandler(Refusal)
@@ -111,6 +117,9 @@ def _flask(portal: Portal) -> Flask:
         record = g.visit.record
         record.error, record.limit = refusal.reason, refusal.limit
         status, headers, body = refusal.answer(g.request_id)
+        if status >= 400 and request.environ["asgi.scope"][VISIT].navigates:
+            page = portal.notice(refusal, record, request.path)
+            headers, body = [pair for pair in headers if pair[0] not in PAGE_HEADERS] + page.headers, page.body
         sent = [(name.decode(), value.decode("latin-1")) for name, value in headers if name != b"x-request-id"]
         return Response(body, status, sent)
 

@@ -10,6 +10,7 @@ from flask import Blueprint, Response, g, jsonify, render_template, request
 from mlflow_proxy import __version__
 from mlflow_proxy.access.caller import ANONYMOUS
 from mlflow_proxy.access.policy import OWN_PREFIX
+from mlflow_proxy.portal.notices import COPIES
 from mlflow_proxy.telemetry.metrics import exposition
 
 if TYPE_CHECKING:
@@ -28,12 +29,14 @@ def blueprint(portal: Portal) -> Blueprint:
         """What this proxy serves, for people: the targets they may see, with their state and the ways into their UI."""
         caller = g.visit.caller
         operates = parts.policy.allows_own(caller, f"{OWN_PREFIX}GetReadiness")
-        _, report = portal.in_loop(parts.readiness.report(for_operator=operates))
+        states = portal.in_loop(parts.readiness.known(for_operator=operates))
         visible = parts.policy.visible(caller)
-        targets = {name: state for name, state in report["targets"].items() if name in visible}
+        targets = {name: state for name, state in states.items() if name in visible}
         return render_template(
             "overview.html",
             ready=all(state["ready"] for state in targets.values()),
+            checking=any(state["checking"] for state in targets.values()),
+            copies=COPIES,
             targets=targets,
             default=next((name for name in targets if parts.routes.is_default(name)), None),
             address=(parts.settings.server.public_url or request.host_url).rstrip("/"),
@@ -42,6 +45,7 @@ def blueprint(portal: Portal) -> Blueprint:
             roles=parts.policy.role_names(caller),
             may_sign_out=caller.way == "session",
             sees_readiness=operates,
+            opens={name for name in targets if parts.policy.allows(caller, name, "AccessUI")},
             sees_metrics=parts.policy.allows_own(caller, f"{OWN_PREFIX}GetMetrics"),
             links={name for name in targets if parts.policy.allows_link(caller, name)},
         )
@@ -49,10 +53,10 @@ def blueprint(portal: Portal) -> Blueprint:
     @pages.get("/ready")
     def ready() -> tuple[Response, int]:
         """200 if every target is ready, else 503; the reason per target as JSON."""
-        is_ready, report = portal.in_loop(parts.readiness.report(for_operator=True))
+        report = g.visit.report
         reasons = [f"{name}: {state['reason']}" for name, state in report["targets"].items() if not state["ready"]]
         g.visit.record.error = "; ".join(reasons)
-        return jsonify(report), 200 if is_ready else 503
+        return jsonify(report), 200 if report["ready"] else 503
 
     @pages.get("/metrics")
     def metrics() -> Response:

@@ -24,8 +24,9 @@ from mlflow_proxy.access.session import ATTRIBUTES, SessionTooLarge
 from mlflow_proxy.errors import Refusal
 from mlflow_proxy.portal.places import DEADLINE, Busy
 from mlflow_proxy.portal.provider import OPERATOR, SIGN_OUT, TRY_AGAIN, Provider, SignInFailed, invalid, unreachable
+from mlflow_proxy.requests import up
 from mlflow_proxy.settings import is_loopback
-from mlflow_proxy.targets import parse_endpoint
+from mlflow_proxy.targets import parse_public_url
 
 if TYPE_CHECKING:
     from werkzeug.wrappers import Response as BaseResponse
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 STATE_COOKIE = "__Host-mlflow-proxy-signin"
 # The ID token, which some providers demand at sign-out. Only that page gets it, so the prefix cannot be __Host-.
 HINT_COOKIE = "__Secure-mlflow-proxy-id-token"
-_HINT_ATTRIBUTES = ATTRIBUTES.replace("Path=/", f"Path={SIGN_OUT}")
 
 # Seconds to wait for discovery, whose answer is mostly at hand: strangers can ask for it.
 _DISCOVERY_DEADLINE = 10.0
@@ -86,7 +86,11 @@ class _Flow:
         self._audit = parts.audit
         self._client_id = settings.oidc.client_id
         self._provider = Provider(settings.oidc, self._client_id, proxy=settings.upstream.proxy)
-        self._public_url = parse_endpoint(settings.server.public_url).url if settings.server.public_url else None
+        self._public_url, prefix = None, ""
+        if settings.server.public_url:
+            endpoint, prefix = parse_public_url(settings.server.public_url)
+            self._public_url = endpoint.url + prefix
+        self._hint_attributes = ATTRIBUTES.replace("Path=/", f"Path={prefix}{SIGN_OUT}")
         self._state_seal = parts.sessions.seal_for(STATE_COOKIE)
         self._hint_seal = parts.sessions.seal_for(HINT_COOKIE)
 
@@ -118,7 +122,7 @@ class _Flow:
             reason = "the answer does not belong to a sign-in that this browser began, or it came too late"
             if self._sessions.identify(_cookies()) is not None:  # another tab was faster, or a page was loaded again
                 self._record_failure(reason)
-                return redirect("/", 303)
+                return redirect(up(request.path), 303)
             raise SignInFailed(
                 400,
                 "This sign-in is no longer valid",
@@ -140,7 +144,7 @@ class _Flow:
         if session is None:
             return _signed_out()
         subject = session[0].subject.partition(":")[2]
-        return _notice("Sign out?", f"You are signed in as {subject}.", sign_out=SIGN_OUT)
+        return _notice("Sign out?", f"You are signed in as {subject}.", sign_out="sign-out")
 
     def sign_out(self) -> BaseResponse:
         """End the session here, then at the provider, if it has a page for that.
@@ -163,7 +167,7 @@ class _Flow:
             )
             answer.headers["refresh"] = f"0; url={url}"
         answer.headers.add("set-cookie", removal)
-        answer.headers.add("set-cookie", f"{HINT_COOKIE}=; Max-Age=0{_HINT_ATTRIBUTES}")
+        answer.headers.add("set-cookie", f"{HINT_COOKIE}=; Max-Age=0{self._hint_attributes}")
         return answer
 
     def failed(self, failure: SignInFailed) -> BaseResponse:
@@ -236,10 +240,10 @@ class _Flow:
             raise SignInFailed(403, "You are in too many groups", OPERATOR, reason=str(error)) from None
         self._sessions.end(_cookies())
         self._record("sign-in", caller)
-        answer = redirect(path, 303)
+        answer = redirect(up(request.path) + path.lstrip("/"), 303)
         answer.headers.add("set-cookie", cookie)
         hint = self._hint_seal.seal(json.dumps([caller.credential, id_token]).encode())
-        hint_cookie = f"{HINT_COOKIE}={hint}{_HINT_ATTRIBUTES}"
+        hint_cookie = f"{HINT_COOKIE}={hint}{self._hint_attributes}"
         if len(hint_cookie) <= LARGEST_COOKIE:
             answer.headers.add("set-cookie", hint_cookie)
         _forget_pending(answer)
@@ -302,7 +306,7 @@ def _signed_out() -> Response:
 
 
 def _sign_in_again(path: str) -> tuple[str, str]:
-    return f"/-/sign-in?next={quote(path, safe='')}", "Sign in"
+    return f"sign-in?next={quote(path, safe='')}", "Sign in"
 
 
 def _forget_pending(answer: BaseResponse) -> None:
