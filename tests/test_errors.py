@@ -57,7 +57,6 @@ def test_extras() -> None:
     _, headers, body = refusal.answer("a" * 16)
     assert headers[4:] == [
         (b"retry-after", b"7"),
-        (b"connection", b"close"),
         (b"x-a", b"b"),
         (b"location", b"/t/\xe4/"),
     ]
@@ -71,9 +70,8 @@ def test_given_error_code_wins() -> None:
 
 
 @given(message=st.text(st.characters()))
-def test_any_message_is_one_line_of_ascii_json(message: str) -> None:
+def test_any_message_is_one_line_of_json(message: str) -> None:
     body = error_body("BAD_REQUEST", message, "a" * 16)
-    assert json.loads(body)["message"] == message
-    assert body.isascii()
+    assert json.loads(body)["message"] == message.encode("utf-8", "replace").decode("utf-8")
     assert b"\n" not in body
     assert b"\r" not in body

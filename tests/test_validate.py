@@ -1194,7 +1194,7 @@ def test_addresses(url: str, origin: str, whole: str) -> None:
 
 
 def test_it_needs_no_extra_and_no_aws() -> None:
-    heavy = ["mlflow", "moto", "boto3", "botocore", "aiohttp", "granian"]
+    heavy = ["mlflow", "moto", "boto3", "botocore", "aiohttp", "uvloop"]
     script = f"import sys, mlflow_proxy.cli, mlflow_proxy.validate; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "[]\n"

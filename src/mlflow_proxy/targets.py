@@ -126,7 +126,7 @@ def parse_public_url(url: str) -> tuple[Endpoint, str]:
 
     Raises TargetError.
     """
-    match = re.fullmatch(r"([^:/?#]+://[^/?#]*)((?:/[A-Za-z0-9._~-]+)*)/?", url)
+    match = re.fullmatch(r"([^:/?#]+://[^/?#]*)((?:/(?!\.{1,2}(?:/|$))[A-Za-z0-9._~-]+)*)/?", url)
     if match is None:
         raise TargetError("is not an http(s) URL, with a plain path at the most; write one like https://host/mlflow")
     return parse_endpoint(match[1]), match[2]

@@ -47,7 +47,7 @@ def test_application_is_whole_for_hosts_without_a_package_index(root: Path) -> N
     assert {name.split("-")[0] for name in wheels} >= {
         "sagemaker_mlflow_proxy",
         "pip",
-        "granian",
+        "uvloop",
         "botocore",
         "flask",
         "opentelemetry_sdk",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -202,7 +203,10 @@ def test_mlflows_own_errors_pass_unchanged(stage: Stage, status: int) -> None:
 
 def test_the_overview_and_readiness(stage: Stage, sagemaker: LocalSageMaker) -> None:
     stage.upstream.script = answers(answer(b'{"message": "no"}', "403 No", f"x-amzn-ErrorType: {_PRINCIPAL}"))
-    page = stage.ask("reader", "/-/")
+    end = time.monotonic() + 30
+    while "checking" in (page := stage.ask("reader", "/-/")).text:  # it waits for no target
+        assert time.monotonic() < end
+        time.sleep(0.1)
     assert page.status_code == 200
     assert "trying again will not help" in page.text
     own_address = page.text.replace(f"http://127.0.0.1:{stage.proxy.port}/", "")
