@@ -433,7 +433,7 @@ def test_audit_events_and_fields_are_those_listed(tmp_path: Path) -> None:
     for action, status in (("DeleteRun", 200), ("DeleteRun", 403), ("CreatePresignedMlflowAppUrl", 200)):
         record = Record("POST", "id")
         record.writes, record.action, record.status, record.error = True, action, status, "why"
-        record.not_looked_into = "opaque"
+        record.not_looked_into, record.repeated = "opaque", 1
         log.request(record)
     log.close()
     config = tmp_path / "proxy.toml"
@@ -521,7 +521,7 @@ def test_targets_are_what_is_shown() -> None:
 
 def test_log_fields_are_those_listed() -> None:
     listed = [name for row in rows(section("docs/operating.md", "## The log")) for name in code(row[0])]
-    assert listed == [*Record("GET", "id").fields(), "error"]
+    assert listed == [*Record("GET", "id").fields(), "repeated", "error"]
     sample = json.loads(block_after("docs/operating.md", "## The log", "json"))
     assert list(sample) == list(Record("GET", "id").fields())
 

@@ -53,6 +53,7 @@ class Proxy:
     ) -> None:
         self.port = port or free_port()
         self.folder = folder
+        self.secure = "tls_certificate" in (server or {})
         self.stdout = folder / "stdout"
         self.stderr = folder / "stderr"
         tables = {
@@ -92,7 +93,14 @@ class Proxy:
         while True:
             assert self.process.poll() is None, self.stderr.read_text()
             try:
-                with socket.create_connection(("127.0.0.1", self.port), timeout=5):
+                with socket.create_connection(("127.0.0.1", self.port), timeout=5) as probe:
+                    # The main process listens before there are workers, which this wait is for.
+                    probe.settimeout(max(0.1, end - time.monotonic()))
+                    if not self.secure:
+                        probe.sendall(b"GET /-/health HTTP/1.0\r\nHost: localhost\r\n\r\n")
+                        assert probe.recv(12) == b"HTTP/1.1 200"
+                    elif len(self.workers) == 0:
+                        raise OSError
                     return
             except OSError:
                 assert time.monotonic() < end, self.stderr.read_text()
