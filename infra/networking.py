@@ -5,6 +5,7 @@ So nothing here may depend on mode or compute: the other mode's stacks use what 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -49,6 +50,11 @@ def _one_per_zone(subnets: Iterable[ec2.ISubnet]) -> dict[str, ec2.ISubnet]:
     return found
 
 
+def _are_made_up(subnets: Iterable[str]) -> bool:
+    """As CDK does for its first pass."""
+    return all(re.fullmatch(r"[ps]-\d+", name) is not None for name in subnets)
+
+
 def _in_zones(subnets: Mapping[str, ec2.ISubnet], zones: Iterable[str]) -> Subnets:
     return tuple(subnets[zone] for zone in zones if zone in subnets)
 
@@ -80,10 +86,10 @@ class NetworkingStack(cdk.Stack):
         self._settings = settings
         vpc = self._existing_vpc(settings.vpc_id) if settings.vpc_id else self._new_vpc()
         self._groups(vpc)
-        public, private, data = self._subnets(vpc)
+        public, private, data, inner = self._subnets(vpc)
         self.network = Network(
             vpc=vpc,
-            load_balancer_subnets=public if settings.internet_facing else private,
+            load_balancer_subnets=public if settings.internet_facing else inner,
             proxy_subnets=private,
             data_subnets=data,
             load_balancer=self._load_balancer,
@@ -119,6 +125,9 @@ class NetworkingStack(cdk.Stack):
                 ),
                 ec2.SubnetConfiguration(name="private", subnet_type=private),
                 ec2.SubnetConfiguration(name="isolated", subnet_type=ec2.SubnetType.PRIVATE_ISOLATED),
+                # The last, since subnets keep their addresses. The proxy trusts what comes from here, so nothing else
+                # may be in it; and there is a way out, for the load balancer asks the identity provider.
+                ec2.SubnetConfiguration(name="load-balancer", subnet_type=private),
             ],
             gateway_endpoints={"S3": ec2.GatewayVpcEndpointOptions(service=ec2.GatewayVpcEndpointAwsService.S3)},
         )
@@ -132,13 +141,30 @@ class NetworkingStack(cdk.Stack):
     def _existing_vpc(self, vpc_id: str) -> ec2.IVpc:
         return ec2.Vpc.from_lookup(self, "Vpc", vpc_id=vpc_id)
 
-    def _subnets(self, vpc: ec2.IVpc) -> tuple[Subnets, Subnets, Subnets]:
-        """Public, private and isolated ones, each in another zone."""
+    def _subnets(self, vpc: ec2.IVpc) -> tuple[Subnets, Subnets, Subnets, Subnets]:
+        """Public, private, isolated ones, and those of an internal load balancer; of each kind in different zones."""
         if self._settings.vpc_id is None:
-            groups = [vpc.select_subnets(subnet_group_name=name) for name in ("public", "private", "isolated")]
-            public, private, isolated = (tuple(group.subnets) for group in groups)
-            return public, private, isolated
-        return self._existing_subnets(vpc)
+            names = ("public", "private", "isolated", "load-balancer")
+            groups = [vpc.select_subnets(subnet_group_name=name) for name in names]
+            public, private, isolated, inner = (tuple(group.subnets) for group in groups)
+            return public, private, isolated, inner
+        public, private, data = self._existing_subnets(vpc)
+        return public, private, data, self._named_subnets(vpc) or private
+
+    def _named_subnets(self, vpc: ec2.IVpc) -> Subnets:
+        """Those that load_balancer_subnets names. Raises SettingsError."""
+        there = {subnet.subnet_id: subnet for subnet in (*vpc.private_subnets, *vpc.isolated_subnets)}
+        if not there or _are_made_up(there):  # in the first pass, before CDK has looked the VPC up
+            return ()
+        wanted = self._settings.load_balancer_subnets
+        problems = [
+            f"load_balancer_subnets: {name} is no private subnet of {self._settings.vpc_id}; it has {', '.join(there)}"
+            for name in wanted
+            if name not in there
+        ]
+        if problems:
+            raise SettingsError(problems)
+        return tuple(there[name] for name in wanted)
 
     def _existing_subnets(self, vpc: ec2.IVpc) -> tuple[Subnets, Subnets, Subnets]:
         """Those of an existing VPC. AWS takes one of a zone for load balancer, endpoints and Valkey, in two or more.

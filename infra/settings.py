@@ -136,6 +136,11 @@ class Settings(BaseModel):
     vpc_id: str | None = Field(
         None, pattern=r"^vpc-[0-9a-f]{8,17}$", description="An existing VPC with private subnets. Default: a new one."
     )
+    load_balancer_subnets: Texts = Field(
+        default_factory=list,
+        description="Subnets of an existing VPC, in which nothing but the internal load balancer is: the proxy trusts "
+        "them. Default: the private ones.",
+    )
     vpc_cidr: str = Field("10.42.0.0/16", description="Addresses of a new VPC, /16 to /22.")
     zones: int = Field(2, ge=2, le=3, description="Availability Zones of a new VPC.")
     zone_names: Texts = Field(
@@ -285,7 +290,7 @@ class Settings(BaseModel):
     @classmethod
     def _cidr(cls, value: str) -> str:
         if not 16 <= _ipv4_network(value).prefixlen <= 22:
-            raise ValueError("must be /16 to /22, so that nine subnets fit")
+            raise ValueError("must be /16 to /22, so that twelve subnets fit")
         return value
 
     @field_validator("allowed_cidrs")
@@ -431,6 +436,7 @@ def _network_problems(settings: Settings) -> Iterator[str]:
     if settings.vpc_id is not None and settings.nat_gateways is not None:
         yield "nat_gateways: counts only for a new VPC; remove it, or vpc_id"
     yield from _zone_problems(settings)
+    yield from _load_balancer_problems(settings)
     if not settings.is_closed:
         return
     closed = "nat_gateways: 0 leaves no way out of the VPC but endpoints, and "
@@ -442,6 +448,16 @@ def _network_problems(settings: Settings) -> Iterator[str]:
         yield closed + "endpoints=none leaves not even these; write endpoints=all"
     if settings.compute == "fargate" and settings.image is not None and not _ecr_image(settings):
         yield closed + f"only images in ECR of {settings.region} can be had; push the image there"
+
+
+def _load_balancer_problems(settings: Settings) -> Iterator[str]:
+    names = settings.load_balancer_subnets
+    if names and settings.vpc_id is None:
+        yield "load_balancer_subnets: counts only with vpc_id; a new VPC has subnets for the load balancer. Remove it"
+    if names and settings.internet_facing:
+        yield "load_balancer_subnets: counts only without internet_facing, which takes the public ones; remove it"
+    if len(names) == 1:
+        yield "load_balancer_subnets: names one subnet, and a load balancer takes two or more, each in another zone"
 
 
 def _zone_problems(settings: Settings) -> Iterator[str]:

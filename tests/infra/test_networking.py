@@ -23,9 +23,9 @@ from tests.infra.variants import ACCOUNT, CONTEXT, REGION, resolve, settings, sy
 )
 def test_subnets_and_gateways(chosen: dict[str, str], zones: int, gateways: int) -> None:
     template = synthesize(**chosen).template("networking")
-    template.resource_count_is("AWS::EC2::Subnet", zones * 3)
+    template.resource_count_is("AWS::EC2::Subnet", zones * 4)
     template.resource_count_is("AWS::EC2::NatGateway", gateways)
-    for kind in ("public", "private", "isolated"):
+    for kind in ("public", "private", "isolated", "load-balancer"):
         found = template.find_resources(
             "AWS::EC2::Subnet",
             {"Properties": {"Tags": Match.array_with([{"Key": "aws-cdk:subnet-name", "Value": kind}])}},
@@ -42,9 +42,9 @@ def test_subnets_are_in_different_zones_known_when_deployed() -> None:
 def test_a_third_zone_leaves_the_subnets_of_the_others_as_they_are() -> None:
     """What they have cannot be changed, and other subnets in their place would overlap with them."""
     two, three = (synthesize(zones=zones).resources("networking", "AWS::EC2::Subnet") for zones in ("2", "3"))
-    assert len(two) == 6
+    assert len(two) == 8
     assert two.items() <= three.items()
-    assert len({one["Properties"]["CidrBlock"] for one in three.values()}) == 9
+    assert len({one["Properties"]["CidrBlock"] for one in three.values()}) == 12
 
 
 def test_zones_can_be_named() -> None:
@@ -93,7 +93,7 @@ def test_s3_has_a_gateway_endpoint_on_all_route_tables() -> None:
     made = synthesize(endpoints="none").one("networking", "AWS::EC2::VPCEndpoint")
     assert made["VpcEndpointType"] == "Gateway"
     assert made["ServiceName"] == {"Fn::Join": ["", ["com.amazonaws.", {"Ref": "AWS::Region"}, ".s3"]]}
-    assert len(made["RouteTableIds"]) == 6
+    assert len(made["RouteTableIds"]) == 8
 
 
 def test_flow_logs_of_all_traffic_are_kept_for_a_time() -> None:
@@ -211,6 +211,16 @@ def test_public_load_balancer_and_proxy_are_in_the_same_zones() -> None:
     assert ids(stack.network.proxy_subnets) == ["Private2b", "Private2c", "Private2d"]
 
 
+def test_an_existing_vpc_may_have_subnets_for_the_load_balancer_alone() -> None:
+    """So that nobody else's word counts for the proxy (server.trusted_proxies)."""
+    named = {"load_balancer_subnets": "subnet-Isolated2a,subnet-Isolated2b"}
+    stack = in_existing_vpc(("Private", "ab"), ("Isolated", "ab"), **named)
+    assert ids(stack.network.load_balancer_subnets) == ["Isolated2a", "Isolated2b"]
+    assert ids(stack.network.proxy_subnets) == ["Private1a", "Private1b"]
+    with pytest.raises(SettingsError, match="subnet-other is no private subnet of"):
+        in_existing_vpc(("Private", "ab"), load_balancer_subnets="subnet-Private1a,subnet-other")
+
+
 @pytest.mark.parametrize("isolated", ["", "a"])
 def test_private_subnets_do_where_isolated_ones_are_too_few(isolated: str) -> None:
     stack = in_existing_vpc(("Private", "abcd"), ("Isolated", isolated))
@@ -268,7 +278,7 @@ def test_cidrs_of_the_load_balancers_subnets_are_known() -> None:
     cidrs = {
         subnet["Properties"]["CidrBlock"]
         for subnet in made.resources("networking", "AWS::EC2::Subnet").values()
-        if {"Key": "aws-cdk:subnet-name", "Value": "private"} in subnet["Properties"]["Tags"]
+        if {"Key": "aws-cdk:subnet-name", "Value": "load-balancer"} in subnet["Properties"]["Tags"]
     }
     template = made.one("flaskapp", "AWS::EC2::LaunchTemplate")
     user_data = resolve(template["LaunchTemplateData"]["UserData"])

@@ -60,7 +60,10 @@ def test_hosts_configuration(mode: str, tmp_path: Path) -> None:
 
 
 def test_trusted_proxies_are_the_load_balancers_subnets(tmp_path: Path) -> None:
-    for chosen, kind in (({}, "private"), ({"internet_facing": "true", "allowed_cidrs": "192.0.2.0/24"}, "public")):
+    for chosen, kind in (
+        ({}, "load-balancer"),
+        ({"internet_facing": "true", "allowed_cidrs": "192.0.2.0/24"}, "public"),
+    ):
         made = synthesize(**chosen)
         cidrs = {
             subnet["Properties"]["CidrBlock"]
