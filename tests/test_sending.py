@@ -55,7 +55,7 @@ def run(target: Target, test: Callable[[Send], Coroutine[Any, Any, None]]) -> No
 
         async def send(session: RoleSession | None) -> Answer:
             record = Record(PROBE.method, "test")
-            answer = await sender.send(target, PROBE, PROBE.path, Payload.of(PROBE_BODY), record, session)
+            answer = await sender.send(target, PROBE, PROBE.path, Payload.of([PROBE_BODY]), record, session)
             if answer.connection is not None:
                 sender.done(target, answer.connection)
             return answer

@@ -170,7 +170,7 @@ class Check:
 
     async def _request_steps(self) -> list[Step]:
         try:
-            answer = await self._sender.ask(self._target, PROBE, Payload.of(PROBE_BODY))
+            answer = await self._sender.ask(self._target, PROBE, Payload.of([PROBE_BODY]))
         except (Refusal, UpstreamError) as failure:
             reason = failure.reason if isinstance(failure, Refusal) else str(failure)
             return [Step("signature", False, "no answer", reason)]

@@ -14,7 +14,7 @@ from mlflow_proxy.access.actions import Action, action_of
 from mlflow_proxy.access.caller import Caller
 from mlflow_proxy.access.identity import Identity
 from mlflow_proxy.access.policy import UNKNOWN_PREFIX, Decision, Policy
-from mlflow_proxy.bodies import Bodies
+from mlflow_proxy.bodies import Bodies, Body
 from mlflow_proxy.errors import Refusal
 from mlflow_proxy.inbound.connection import Call
 from mlflow_proxy.json_bounds import LARGEST_ON_LOOP
@@ -23,9 +23,9 @@ from mlflow_proxy.relay import downstream_headers, protected, relay
 from mlflow_proxy.requests import Request, refuse_foreign
 from mlflow_proxy.routing import Route, Routes
 from mlflow_proxy.sending import Answer, Sender
-from mlflow_proxy.signing import NO_PAYLOAD, Payload
+from mlflow_proxy.signing import Payload
 from mlflow_proxy.telemetry.record import Record
-from mlflow_proxy.telemetry.resources import resources_of
+from mlflow_proxy.telemetry.resources import LARGEST_BODY, Resources, resources_of
 
 T = TypeVar("T")
 
@@ -72,11 +72,11 @@ class Forwarder:
         record.role = decision.role if decision else ""
         await _settled(self._limits.check(caller, record.role or None, target))
         limit = graphql.BODY_LIMIT if decision is None else None
-        data = await self._bodies.collect(request, call.receive, limit=limit) if request.has_body else b""
-        record.bytes_in = len(data)
+        body = await self._bodies.collect(request, call.receive, limit=limit) if request.has_body else self._bodies.none
+        record.bytes_in = len(body)
         try:
             if decision is None:
-                decision = await self._by_body(caller, target, request, data, record)
+                decision = await self._by_body(caller, target, request, body, record)
                 record.role = decision.role
                 await _settled(self._limits.check_role(record.role or None))
             if decision.session is not None:  # a wait for STS must hold no place
@@ -87,17 +87,16 @@ class Forwarder:
                 await pending
                 record.limit = f"waited {(time.perf_counter() - waiting) * 1000:.0f} ms"
         except BaseException:
-            self._bodies.release(len(data))
+            body.release()
             raise
         answer: Answer | None = None
         try:
             # 6 sign, 7 send
             try:
-                body = await self._prepared(request, route.path, action, data, record)
-                answer = await self._sender.send(route.target, request, route.path, body, record, decision.session)
+                payload = await self._prepared(request, route.path, action, body, record)
+                answer = await self._sender.send(route.target, request, route.path, payload, record, decision.session)
             finally:
-                self._bodies.release(len(data))
-                data, body = b"", NO_PAYLOAD  # a long answer must not hold them
+                body.release()  # a long answer must not hold it
             # 8 relay
             record.step("relay")
             await self._relay(answer, route, request.path, call, record)
@@ -141,10 +140,10 @@ class Forwarder:
             sent=record.add_bytes_out,
         )
 
-    async def _by_body(self, caller: Caller, target: str, request: Request, data: bytes, record: Record) -> Decision:
+    async def _by_body(self, caller: Caller, target: str, request: Request, body: Body, record: Record) -> Decision:
         """GraphQL may ask for many things at once: one role must allow them all, and signs."""
-        asked = (request.method, request.content_type, request.query, data)
-        if len(data) > LARGEST_ON_LOOP:
+        asked = (request.method, request.content_type, request.query, body.start(graphql.BODY_LIMIT))
+        if len(body) > LARGEST_ON_LOOP:
             names = await asyncio.to_thread(_alone, partial(graphql.actions_of, *asked))
         else:
             names = graphql.actions_of(*asked)
@@ -153,15 +152,19 @@ class Forwarder:
         refuse_foreign(request, writes=record.writes)
         return self._policy.decide(caller, target, *names)
 
-    async def _prepared(self, request: Request, path: str, action: Action, data: bytes, record: Record) -> Payload:
+    async def _prepared(self, request: Request, path: str, action: Action, body: Body, record: Record) -> Payload:
         """The body as it is signed; of one that changes something, the audit log gets what it is about."""
         template = action.template if self._audited and record.writes else ""
-        look = partial(resources_of, template, path, request.query, data, request.headers)
-        large = len(data) > LARGEST_ON_LOOP
+
+        def look() -> Resources:
+            start = body.start(LARGEST_BODY + 1)  # of more nothing is read
+            return resources_of(template, path, request.query, start, request.headers)
+
+        large = len(body) > LARGEST_ON_LOOP
         if template:
             resources = await asyncio.to_thread(_alone, look) if large else look()
             record.resources, record.not_looked_into = resources, resources.not_looked_into
-        return await asyncio.to_thread(Payload.of, data) if large else Payload.of(data)
+        return await asyncio.to_thread(Payload.of, body.pieces) if large else Payload.of(body.pieces)
 
 
 # A parser holds the interpreter: the event loop waits for one of them at the most, not for all that are at work.

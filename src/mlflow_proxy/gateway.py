@@ -148,7 +148,7 @@ class Gateway:
             return
         try:
             with Timeout(self.deadlines, _TAKEN_WITHIN):
-                self._bodies.release(len(await self._bodies.collect(request, call.receive, limit=_TAKEN_OFF)))
+                (await self._bodies.collect(request, call.receive, limit=_TAKEN_OFF)).release()
         except (Refusal, CallerGone, TimeoutError):
             refusal.close = True
 
@@ -186,7 +186,9 @@ class Gateway:
             caller = await self._identity.identify(request, record)
             await self._admit(page, caller, request, record)
         report = await self._readiness.report() if page.needs_readiness else None  # no thread waits for AWS
-        body = await self._bodies.collect(request, call.receive, limit=_OWN_BODY_LIMIT) if request.has_body else b""
+        body = self._bodies.none
+        if request.has_body:
+            body = await self._bodies.collect(request, call.receive, limit=_OWN_BODY_LIMIT)
         record.bytes_in = len(body)
         own = {
             "type": "http",
@@ -218,12 +220,12 @@ class Gateway:
                 pieces.append(message.get("body", b""))
 
         async def received() -> dict[str, Any]:
-            return {"type": "http.request", "body": body, "more_body": False}
+            return {"type": "http.request", "body": body.start(_OWN_BODY_LIMIT), "more_body": False}
 
         try:
             await self._portal(own, received, gathered)
         finally:
-            self._bodies.release(len(body))
+            body.release()
         page_body = b"".join(pieces)
         record.add_bytes_out(len(page_body))
         call.respond(record.status, headers, page_body)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Sequence
 from typing import Protocol, cast
 
 import httptools
@@ -120,7 +121,13 @@ class Connection(asyncio.Protocol):
         return self.complete or bool(self._chunks)
 
     async def exchange(
-        self, head: bytes, body: bytes, *, head_request: bool, first_byte: float, between: float
+        self,
+        head: bytes,
+        body: Sequence[bytes | memoryview],
+        *,
+        head_request: bool,
+        first_byte: float,
+        between: float,
     ) -> None:
         """Send a request; returns when status and headers of the final answer are in `status` and `headers`.
 
@@ -133,11 +140,13 @@ class Connection(asyncio.Protocol):
         self._reset(head_request=head_request)
         if self._parser is None:
             self._parser = cast(_Parser, httptools.HttpResponseParser(self))
-        if len(body) <= SLICE:
-            transport.write(head + body if body else head)
+        if not body:
+            transport.write(head)
+        elif len(body) == 1 and len(body[0]) <= SLICE:
+            transport.write(b"".join((head, body[0])))
         else:
             transport.write(head)
-            await self._write_slices(transport, memoryview(body), between)
+            await self._write_slices(transport, body, between)
         if not self._head_done and self._error is None:
             self._waiter = self._loop.create_future()
             await self._wait(first_byte, "no answer", self._waiter)
@@ -203,15 +212,18 @@ class Connection(asyncio.Protocol):
             self._error = error
         self._wake()
 
-    async def _write_slices(self, transport: asyncio.Transport, body: memoryview, between: float) -> None:
-        """Send a large body piece by piece; stops early when the upstream answers before it has all (RFC 9112 9.3)."""
-        for start in range(0, len(body), SLICE):
-            if self._head_done or self._error is not None:
-                self._half_sent = True
-                return
-            transport.write(body[start : start + SLICE])
-            if self._drained is not None:
-                await self._wait(between, "no room for more of the body", self._drained)
+    async def _write_slices(
+        self, transport: asyncio.Transport, body: Sequence[bytes | memoryview], between: float
+    ) -> None:
+        """Send a large body slice by slice; stops early when the upstream answers before it has all (RFC 9112 9.3)."""
+        for piece in body:
+            for start in range(0, len(piece), SLICE):
+                if self._head_done or self._error is not None:
+                    self._half_sent = True
+                    return
+                transport.write(memoryview(piece)[start : start + SLICE])
+                if self._drained is not None:
+                    await self._wait(between, "no room for more of the body", self._drained)
 
     # asyncio.Protocol
 

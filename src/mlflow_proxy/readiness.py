@@ -118,7 +118,7 @@ class Readiness:
         """Send a signed request; None if MLflow answered it."""
         try:
             async with asyncio.timeout(_PROBE_DEADLINE):
-                answer = await self._sender.ask(target, PROBE, Payload.of(PROBE_BODY))
+                answer = await self._sender.ask(target, PROBE, Payload.of([PROBE_BODY]))
         except TimeoutError:
             words = f"no answer within {_PROBE_DEADLINE:g} s"
             return NotReady(words, words)

@@ -227,7 +227,7 @@ class Sender:
         try:
             await connection.exchange(
                 head,
-                body.data,
+                body.pieces,
                 head_request=request.method == "HEAD",
                 first_byte=max(_LEAST_WAIT, give_up - time.perf_counter()),
                 between=self._upstream.idle_timeout,

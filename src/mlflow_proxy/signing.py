@@ -5,6 +5,7 @@ Only what `requests` let pass goes in, plus what this step makes: Host, the targ
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from mlflow_proxy.aws.clock import ServiceClock
@@ -18,16 +19,17 @@ _BODY_METHODS = frozenset({"POST", "PUT", "PATCH"})
 class Payload(NamedTuple):
     """A request body with its hash, which is made once however often the request is signed."""
 
-    data: bytes
+    pieces: Sequence[bytes | memoryview]
+    size: int
     sha256: str
 
     @classmethod
-    def of(cls, data: bytes) -> Payload:
-        """Hash `data`."""
-        return cls(data, payload_hash(data)) if data else NO_PAYLOAD
+    def of(cls, pieces: Sequence[bytes | memoryview]) -> Payload:
+        """Hash `pieces`, which are not copied."""
+        return cls(pieces, sum(map(len, pieces)), payload_hash(pieces)) if pieces else NO_PAYLOAD
 
 
-NO_PAYLOAD = Payload(b"", payload_hash(b""))
+NO_PAYLOAD = Payload((), 0, payload_hash(()))
 
 
 class SigningCredentials(Protocol):
@@ -55,7 +57,7 @@ class Signer:
         self, request: Request, path: str, body: Payload, credentials: SigningCredentials, *, request_id: str
     ) -> bytes:
         """Request line and headers, ready to be written. `path` is the target's, without the proxy's own prefix."""
-        body_hash, body_size = body.sha256, len(body.data)
+        body_hash, body_size = body.sha256, body.size
         amz_date = amz_date_of(int(self.clock.now()))
         # In the order of their names, as a canonical request has them.
         signed = [("host", self._authority), ("x-amz-content-sha256", body_hash), ("x-amz-date", amz_date), self._arn]

@@ -19,7 +19,7 @@ from mlflow_proxy import transform
 from mlflow_proxy.aws import sigv4
 from mlflow_proxy.aws.clock import ServiceClock
 from mlflow_proxy.requests import Request
-from mlflow_proxy.signing import Payload, Signer
+from mlflow_proxy.signing import NO_PAYLOAD, Payload, Signer
 from mlflow_proxy.targets import Target, default_endpoint, parse_arn, parse_endpoint
 
 ACCESS_KEY = "AKIDEXAMPLE"
@@ -206,7 +206,7 @@ def test_head_is_verified_by_botocore(
     if content_type is not None:
         headers.append((b"content-type", content_type.encode()))
     request = request_of(method, path, query, headers)
-    head = signer_of(target, second).head(request, path, Payload.of(body), keys, request_id="0123456789abcdef")
+    head = signer_of(target, second).head(request, path, Payload.of([body]), keys, request_id="0123456789abcdef")
     wire = verify(head, body, keys, target, second)
     assert wire.method == method
     assert wire.url == (f"{path}?{query}" if query else path)
@@ -224,7 +224,7 @@ def test_body_sizes_in_both_modes(size: int, arn: str, token: str | None) -> Non
     body = body[:size]
     keys, target = Keys(ACCESS_KEY, SECRET_KEY, token), target_of(arn)
     request = request_of("POST", "/api/2.0/mlflow/runs/log-batch", "", [(b"content-type", b"application/json")])
-    head = signer_of(target, NOON).head(request, request.path, Payload.of(body), keys, request_id="a" * 16)
+    head = signer_of(target, NOON).head(request, request.path, Payload.of([body]), keys, request_id="a" * 16)
     wire = verify(head, body, keys, target, NOON)
     assert wire.one("content-length") == str(size)
     assert wire.one("content-type") == "application/json"
@@ -252,7 +252,7 @@ def test_body_sizes_in_both_modes(size: int, arn: str, token: str | None) -> Non
 def test_content_length(method: str, body: bytes, length: str | None) -> None:
     target = target_of(TRACKING)
     head = signer_of(target, NOON).head(
-        request_of(method), "/", Payload.of(body), Keys("A", "s", None), request_id="a" * 16
+        request_of(method), "/", Payload.of([body]), Keys("A", "s", None), request_id="a" * 16
     )
     assert dict(parse_head(head).headers).get("content-length") == length
 
@@ -260,7 +260,7 @@ def test_content_length(method: str, body: bytes, length: str | None) -> None:
 def test_target_path_not_the_proxys_is_signed_and_sent() -> None:
     target, keys = target_of(APP), Keys(ACCESS_KEY, SECRET_KEY, None)
     head = signer_of(target, NOON).head(
-        request_of("GET", "/t/dev/api/x", "a=1"), "/api/x", Payload.of(b""), keys, request_id="a" * 16
+        request_of("GET", "/t/dev/api/x", "a=1"), "/api/x", NO_PAYLOAD, keys, request_id="a" * 16
     )
     assert verify(head, b"", keys, target, NOON).url == "/api/x?a=1"
 
@@ -268,9 +268,7 @@ def test_target_path_not_the_proxys_is_signed_and_sent() -> None:
 def test_passed_headers_are_sent_as_they_came_and_request_id_is_ours() -> None:
     target, keys = target_of(TRACKING), Keys(ACCESS_KEY, SECRET_KEY, "token")
     passed = [(b"accept", b"a"), (b"accept", b"b"), (b"tracestate", b"x=1"), (b"tracestate", b"y=2")]
-    head = signer_of(target, NOON).head(
-        request_of(headers=passed), "/", Payload.of(b""), keys, request_id="my-request-id"
-    )
+    head = signer_of(target, NOON).head(request_of(headers=passed), "/", NO_PAYLOAD, keys, request_id="my-request-id")
     wire = verify(head, b"", keys, target, NOON)
     assert [pair for pair in wire.headers if pair[0] in ("accept", "tracestate")] == [
         (name.decode(), value.decode()) for name, value in passed
@@ -282,7 +280,7 @@ def test_clock_offset_moves_the_date() -> None:
     target, keys = target_of(TRACKING), Keys(ACCESS_KEY, SECRET_KEY, None)
     signer = signer_of(target, NOON)
     signer.clock.offset = -7200.0
-    head = signer.head(request_of(), "/", Payload.of(b""), keys, request_id="a" * 16)
+    head = signer.head(request_of(), "/", NO_PAYLOAD, keys, request_id="a" * 16)
     verify(head, b"", keys, target, NOON - 7200)
 
 
@@ -292,7 +290,7 @@ def test_midnight_utc_changes_the_key() -> None:
     assert midnight % 86400 == 0
     signatures = []
     for second in (midnight - 1, midnight, midnight - 1, midnight + 1, midnight + 86400):
-        head = signer_of(target, second).head(request_of(), "/", Payload.of(b""), keys, request_id="a" * 16)
+        head = signer_of(target, second).head(request_of(), "/", NO_PAYLOAD, keys, request_id="a" * 16)
         wire = verify(head, b"", keys, target, second)
         day = datetime.fromtimestamp(second, UTC).strftime("%Y%m%d")
         assert f"Credential={ACCESS_KEY}/{day}/" in wire.one("authorization")
@@ -332,7 +330,7 @@ def test_verification_notices_every_change() -> None:
     """The checks of this file can fail: a changed head does not verify."""
     target, keys, body = target_of(TRACKING), Keys(ACCESS_KEY, SECRET_KEY, "token"), b'{"a": 1}'
     request = request_of("POST", "/api/2.0/x", "run_id=1", [(b"content-type", b"application/json")])
-    head = signer_of(target, NOON).head(request, request.path, Payload.of(body), keys, request_id="a" * 16)
+    head = signer_of(target, NOON).head(request, request.path, Payload.of([body]), keys, request_id="a" * 16)
     verify(head, body, keys, target, NOON)
     for what, changed in tampered(head):
         assert changed != head, what
@@ -474,5 +472,5 @@ def test_amz_date(second: int, text: str) -> None:
 
 
 def test_payload_hash() -> None:
-    assert sigv4.payload_hash(b"") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
-    assert sigv4.payload_hash(b"abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert sigv4.payload_hash([]) == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+    assert sigv4.payload_hash([b"a", b"bc"]) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"

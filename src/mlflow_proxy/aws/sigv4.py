@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import re
+from collections.abc import Sequence
 from functools import lru_cache
 from time import gmtime, strftime
 
@@ -18,9 +19,14 @@ EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
 _NEEDS_ENCODING = re.compile(r"[^A-Za-z0-9._~/-]")
 
 
-def payload_hash(body: bytes) -> str:
-    """The value of x-amz-content-sha256: these endpoints take no unsigned payload."""
-    return hashlib.sha256(body).hexdigest() if body else EMPTY_SHA256
+def payload_hash(pieces: Sequence[bytes | memoryview]) -> str:
+    """The value of x-amz-content-sha256 for a body in pieces: these endpoints take no unsigned payload."""
+    if not pieces:
+        return EMPTY_SHA256
+    payload = hashlib.sha256(pieces[0])
+    for piece in pieces[1:]:
+        payload.update(piece)
+    return payload.hexdigest()
 
 
 def canonical_uri(path: str) -> str:
