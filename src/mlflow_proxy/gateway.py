@@ -29,7 +29,6 @@ from mlflow_proxy.http1 import UpstreamError
 from mlflow_proxy.inbound.connection import Call, CallerGone
 from mlflow_proxy.limits import OWN_PAGES, Limits
 from mlflow_proxy.portal import VISIT, Parts, Portal, Visit
-from mlflow_proxy.portal.notices import PAGE_HEADERS
 from mlflow_proxy.readiness import Readiness
 from mlflow_proxy.requests import Request, RequestIds, RequestReader, refuse_foreign, wants_page
 from mlflow_proxy.routing import OWN_PREFIX, Routes
@@ -132,10 +131,10 @@ class Gateway:
         record.limit = refusal.limit or record.limit
         if call.begun:
             return
-        status, headers, body = refusal.answer(record.request_id)
-        if status >= 400 and wants_page(call):
-            page = self._notice(refusal, record, call.path.decode("latin-1"))
-            headers, body = [pair for pair in headers if pair[0] not in PAGE_HEADERS] + page.headers, page.body
+        if refusal.status >= 400 and wants_page(call):
+            status, headers, body = self._notice(refusal, record, call.path.decode("latin-1"))
+        else:
+            status, headers, body = refusal.answer(record.request_id)
         headers += (NO_SNIFFING, NO_FRAMES)
         record.status = status
         record.add_bytes_out(len(body))
@@ -203,7 +202,9 @@ class Gateway:
             "client": (call.peer, 0),
             "server": (request.host, None),
             "root_path": "",
-            VISIT: Visit(record, request.client, caller, report, request.navigates),
+            VISIT: Visit(
+                record, request.client, caller, report, call.path.decode("latin-1") if wants_page(call) else None
+            ),
         }
 
         headers: list[tuple[bytes, bytes]] = []

@@ -109,6 +109,7 @@ IDENTITY_HEADERS = frozenset(
         b"x-user",
     }
 )
+_MODE = b"sec-fetch-mode"
 _OPEN = "Open {} instead (server.public_url)."
 # nginx sends its own name for the upstream as Host, if it is not told otherwise, and then each page is a foreign one.
 _NO_ADDRESS = (
@@ -400,21 +401,21 @@ def up(path: str) -> str:
 
 
 def wants_page(call: Call) -> bool:
-    """Whether a browser wants to show the answer, of a request that may not be a good one."""
-    noted: dict[bytes, list[bytes]] = {}
-    for name, value in call.headers:
-        noted.setdefault(name, []).append(value)
-    return _navigates(call.method, noted, call.headers)
+    """Whether a browser wants to show the answer to a request, which may not be a good one, or send a form."""
+    return call.method in ("GET", "POST") and _wants_page(
+        [value for name, value in call.headers if name == _MODE], call.headers
+    )
 
 
 def _navigates(method: str, noted: dict[bytes, list[bytes]], passed: list[tuple[bytes, bytes]]) -> bool:
+    return method == "GET" and _wants_page(noted.get(_MODE, []), passed)
+
+
+def _wants_page(mode: list[bytes], headers: list[tuple[bytes, bytes]]) -> bool:
     """Whether a browser wants the answer as a page: it says so, or, without fetch metadata, it asks for HTML."""
-    if method != "GET":
-        return False
-    mode = noted.get(b"sec-fetch-mode")
-    if mode is not None:
+    if mode:
         return mode == [b"navigate"]
-    return any(name == b"accept" and b"text/html" in value for name, value in passed)
+    return any(name == b"accept" and b"text/html" in value.lower() for name, value in headers)
 
 
 def _content_type(passed: list[tuple[bytes, bytes]]) -> str:

@@ -39,8 +39,8 @@ SIGN_IN = "/-/sign-in"
 KEY_PREFIX = "mlp_"
 _REALM = "mlflow-proxy"
 _API = re.compile(r"(/t/[^/]*)?/(ajax-)?api/")
-_NOTHING = "This proxy does not know you."
-_WRONG = "This proxy does not know you by the key or token that you sent."
+_NOTHING = "Authentication required."
+_WRONG = "The API key or token in this request is not valid."
 _HOW = (
     "Send an API key or a token in the header Authorization, after the word Bearer; MLflow clients do so if it is in "
     "the environment variable MLFLOW_TRACKING_TOKEN."

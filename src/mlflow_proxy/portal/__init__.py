@@ -19,7 +19,7 @@ from mlflow_proxy.access.session import Sessions
 from mlflow_proxy.aws.credentials import CredentialStore
 from mlflow_proxy.errors import NO_FRAMES, NO_SNIFFING, Refusal
 from mlflow_proxy.portal import pages, ui
-from mlflow_proxy.portal.notices import CONTENT_POLICY, PAGE_HEADERS, refusal_page
+from mlflow_proxy.portal.notices import CONTENT_POLICY, refusal_page
 from mlflow_proxy.portal.places import DEADLINE, MOST_WAITING, Places
 from mlflow_proxy.readiness import Readiness
 from mlflow_proxy.routing import Routes
@@ -54,14 +54,14 @@ class Parts:
 
 class Visit(NamedTuple):
     """Who asks for a page, for its log line too. `caller` is None on pages that strangers may see; `report` is how the
-    targets are, on the page that shows it. `navigates`: a browser wants to show the answer.
+    targets are, on the page that shows it. `navigated` is the path as a browser sees it that wants to show the answer.
     """
 
     record: Record
     client: str
     caller: Caller | None
     report: dict[str, Any] | None
-    navigates: bool
+    navigated: str | None
 
 
 class Portal:
@@ -90,7 +90,7 @@ class Portal:
 
 def _flask(portal: Portal) -> Flask:
     app = Flask("mlflow_proxy.portal", static_folder=None)
-    app.json.compact = False  # type: ignore[attr-defined]
+    app.json.compact = app.json.ensure_ascii = False  # type: ignore[attr-defined]
     app.register_blueprint(pages.blueprint(portal))
     app.register_blueprint(ui.blueprint(portal))
     if portal.parts.sessions is not None:
@@ -116,10 +116,10 @@ def _flask(portal: Portal) -> Flask:
     def _refused(refusal: Refusal) -> Response:
         record = g.visit.record
         record.error, record.limit = refusal.reason, refusal.limit
-        status, headers, body = refusal.answer(g.request_id)
-        if status >= 400 and request.environ["asgi.scope"][VISIT].navigates:
-            page = portal.notice(refusal, record, request.path)
-            headers, body = [pair for pair in headers if pair[0] not in PAGE_HEADERS] + page.headers, page.body
+        if refusal.status >= 400 and g.visit.navigated is not None:
+            status, headers, body = portal.notice(refusal, record, g.visit.navigated)
+        else:
+            status, headers, body = refusal.answer(g.request_id)
         sent = [(name.decode(), value.decode("latin-1")) for name, value in headers if name != b"x-request-id"]
         return Response(body, status, sent)
 
