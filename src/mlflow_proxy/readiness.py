@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 from mlflow_proxy.aws.credentials import CredentialStore
@@ -18,6 +20,8 @@ from mlflow_proxy.requests import Request
 from mlflow_proxy.sending import Sender
 from mlflow_proxy.signing import Payload
 from mlflow_proxy.targets import Target
+
+logger = logging.getLogger(__name__)
 
 # A body for a call that every MLflow version has and every role that may read is allowed.
 PROBE_BODY = b'{"max_results": 1}'
@@ -34,6 +38,17 @@ class NotReady(NamedTuple):
     reason: str
 
 
+class Measured(NamedTuple):
+    """How a target was when it last answered or failed to: ready, if there is no `failure`.
+
+    `at` is on the monotonic clock; `counts_for` is how many seconds later it has to be measured anew.
+    """
+
+    at: float
+    failure: NotReady | None
+    counts_for: float
+
+
 class Readiness:
     """Judges the targets of one worker."""
 
@@ -42,43 +57,51 @@ class Readiness:
         self._sender = sender
         self._credentials = credentials
         self._max_age = max_age
-        self._failures: dict[str, tuple[float, NotReady]] = {}
+        self._failures: dict[str, Measured] = {}
         self._locks = {target.name: asyncio.Lock() for target in self._targets}
-        self._asking: dict[str, asyncio.Task[NotReady | None]] = {}
+        self._measuring: dict[str, asyncio.Task[NotReady | None]] = {}
 
     async def report(self) -> dict[str, Any]:
         """Whether all targets are ready, and why not, as JSON-able values; targets are asked, if need be."""
         failures = await asyncio.gather(*(self._failure(target) for target in self._targets))
-        states = [
-            self._state(target, failure, for_operator=True)
+        states = {
+            target.name: self._state(target, failure, for_operator=True)
             for target, failure in zip(self._targets, failures, strict=True)
-        ]
-        named = {target.name: state for target, state in zip(self._targets, states, strict=True)}
-        return {"ready": all(state["ready"] for state in states), "targets": named}
+        }
+        return {"ready": not any(failures), "targets": states}
 
-    async def known(self, *, for_operator: bool) -> dict[str, dict[str, Any]]:
-        """The same of each target at once, by what is known; `checking` says that it is being asked just now.
+    async def known(self, names: Iterable[str], *, for_operator: bool) -> dict[str, dict[str, Any]]:
+        """The same of these targets at once, as they were when last measured; what is too old is measured meanwhile.
 
+        `ready` is None where nothing was measured yet; `age` is in seconds; `checking` says that it is being measured.
         Only operators get the whole reasons. To be called in the event loop; it waits for nobody.
         """
+        wanted = frozenset(names)
+        now = time.monotonic()
         states = {}
         for target in self._targets:
-            failure = self._failures.get(target.name, (0.0, None))[1]
-            asked_lately = self._known(target)
-            if asked_lately is None:
-                self._ask(target)
-            else:
-                failure = asked_lately[0]
-            states[target.name] = {
-                **self._state(target, failure, for_operator=for_operator),
-                "checking": asked_lately is None,
-            }
+            if target.name in wanted:
+                last = self._last(target)
+                checking = not self._counts(last)
+                if checking:
+                    self._measure(target)
+                state = self._state(target, last and last.failure, for_operator=for_operator)
+                if last is None:
+                    state["ready"] = None
+                states[target.name] = {**state, "age": last and round(now - last.at), "checking": checking}
         return states
 
-    def _ask(self, target: Target) -> None:
-        if target.name not in self._asking:
-            task = self._asking[target.name] = asyncio.get_running_loop().create_task(self._failure(target))
-            task.add_done_callback(lambda _: self._asking.pop(target.name, None))
+    def _measure(self, target: Target) -> None:
+        """Measure a target in the background, unless that is under way."""
+        if target.name not in self._measuring:
+            task = asyncio.get_running_loop().create_task(self._failure(target))
+            self._measuring[target.name] = task
+            task.add_done_callback(partial(self._measured, target))
+
+    def _measured(self, target: Target, task: asyncio.Task[NotReady | None]) -> None:
+        del self._measuring[target.name]
+        if not task.cancelled() and task.exception() is not None:
+            logger.error("the target %s could not be measured", target.name, exc_info=task.exception())
 
     def _state(self, target: Target, failure: NotReady | None, *, for_operator: bool) -> dict[str, Any]:
         status = self._credentials.status(target)
@@ -94,25 +117,27 @@ class Readiness:
     async def _failure(self, target: Target) -> NotReady | None:
         """Why a target is not ready; None if it is."""
         async with self._locks[target.name]:
-            known = self._known(target)
-            if known is not None:
-                return known[0]
+            last = self._last(target)
+            if last is not None and self._counts(last):
+                return last.failure
             failure = await self._probe(target)
-            if failure is None:
-                self._failures.pop(target.name, None)
-            else:
-                self._failures[target.name] = (time.monotonic(), failure)
+            if failure is not None:
+                self._failures[target.name] = Measured(time.monotonic(), failure, _FAILURE_AGE)
             return failure
 
-    def _known(self, target: Target) -> tuple[NotReady | None] | None:
-        """What is known of late; None if the target has to be asked."""
-        now = time.monotonic()
-        if now - self._sender.last_success.get(target.name, -self._max_age) < self._max_age:
-            status = self._credentials.status(target)
-            words = "no valid AWS credentials"
-            return (None if status.usable else NotReady(words, f"{words}: {status.error}"),)
-        failed_at, failure = self._failures.get(target.name, (-_FAILURE_AGE, None))
-        return (failure,) if now - failed_at < _FAILURE_AGE else None
+    def _last(self, target: Target) -> Measured | None:
+        """The newest of what traffic and probes told of a target; None if there is nothing."""
+        failed = self._failures.get(target.name)
+        succeeded_at = self._sender.last_success.get(target.name)
+        if succeeded_at is None or (failed is not None and failed.at > succeeded_at):
+            return failed
+        status = self._credentials.status(target)
+        words = "no valid AWS credentials"
+        failure = None if status.usable else NotReady(words, f"{words}: {status.error}")
+        return Measured(succeeded_at, failure, self._max_age)
+
+    def _counts(self, last: Measured | None) -> bool:
+        return last is not None and time.monotonic() - last.at < last.counts_for
 
     async def _probe(self, target: Target) -> NotReady | None:
         """Send a signed request; None if MLflow answered it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -123,3 +124,39 @@ def test_sign_in_while_the_provider_says_nothing(tmp_path: Path, well: Upstream)
     finally:
         provider.released.set()
         provider.close()
+
+
+def test_the_overview_waits_for_no_target(tmp_path: Path, well: Upstream) -> None:
+    """It shows what was measured last, and is being measured; and however many look, each target is asked once."""
+    silent = Silent()
+    targets = [target("silent", f"http://127.0.0.1:{silent.port}"), target("well", f"http://127.0.0.1:{well.port}")]
+    try:
+        with running(tmp_path / "proxy", targets, server={"ready_max_age": 0.2}) as proxy:
+            with ThreadPoolExecutor(4 * _PAGES) as threads:
+                pages = list(threads.map(lambda _: call(proxy, "/-/"), range(4 * _PAGES)))
+                assert call(proxy, "/-/version").status_code == 200
+            assert {page.status_code for page in pages} == {200}
+            assert all("… being checked" in page.text and "t/silent/" not in page.text for page in pages)
+            assert 'http-equiv="refresh"' in pages[0].text  # nothing to show yet
+            well.wait_for(1)
+            silent.wait_for(1)
+            assert len(silent.arrived) == 1
+            silent.released.set()
+            reloaded(proxy, lambda text: text.count("● ready") == len(targets))
+            assert 'http-equiv="refresh"' not in call(proxy, "/-/").text
+            well.close()
+            page = reloaded(proxy, lambda text: "▲ not ready" in text)
+            assert "measured" in page
+            assert re.findall(r'href="(\.\./t/[^"]+)"', page) == ["../t/silent/"]  # the one that is up
+    finally:
+        silent.released.set()
+        silent.close()
+
+
+def reloaded(proxy: Proxy, done: Callable[[str], bool]) -> str:
+    """The overview, as soon as it shows what is wanted."""
+    for _ in range(200):
+        text = call(proxy, "/-/").text
+        if done(text):
+            return text
+    raise AssertionError(text)

@@ -10,11 +10,13 @@ from flask import Blueprint, Response, g, jsonify, render_template, request
 from mlflow_proxy import __version__
 from mlflow_proxy.access.caller import ANONYMOUS
 from mlflow_proxy.access.policy import OWN_PREFIX
-from mlflow_proxy.portal.notices import COPIES
+from mlflow_proxy.portal.notices import COPY_SCRIPT
 from mlflow_proxy.telemetry.metrics import exposition
 
 if TYPE_CHECKING:
     from mlflow_proxy.portal import Portal
+
+_READY, _NOT_READY, _UNKNOWN = "All targets are ready.", "Not every target is ready.", "Targets are being checked."
 
 
 def blueprint(portal: Portal) -> Blueprint:
@@ -29,14 +31,12 @@ def blueprint(portal: Portal) -> Blueprint:
         """What this proxy serves, for people: the targets they may see, with their state and the ways into their UI."""
         caller = g.visit.caller
         operates = parts.policy.allows_own(caller, f"{OWN_PREFIX}GetReadiness")
-        states = portal.in_loop(parts.readiness.known(for_operator=operates))
-        visible = parts.policy.visible(caller)
-        targets = {name: state for name, state in states.items() if name in visible}
+        targets = portal.in_loop(parts.readiness.known(parts.policy.visible(caller), for_operator=operates))
         return render_template(
             "overview.html",
-            ready=all(state["ready"] for state in targets.values()),
-            checking=any(state["checking"] for state in targets.values()),
-            copies=COPIES,
+            state=_state_of_all([target["ready"] for target in targets.values()]),
+            unmeasured=any(target["ready"] is None for target in targets.values()),
+            copy_script=COPY_SCRIPT,
             targets=targets,
             default=next((name for name in targets if parts.routes.is_default(name)), None),
             address=(parts.settings.server.public_url or request.host_url).rstrip("/"),
@@ -87,3 +87,10 @@ def blueprint(portal: Portal) -> Blueprint:
         return jsonify({"caller": caller.subject, "way": caller.way, "roles": roles, "targets": targets})
 
     return pages
+
+
+def _state_of_all(ready: list[bool | None]) -> str:
+    """What the overview says of all its targets; None is one that nothing is known of yet."""
+    if False in ready:
+        return _NOT_READY
+    return _UNKNOWN if None in ready else _READY
