@@ -113,5 +113,46 @@ def test_a_target_that_is_not_ready(size: str, browser: Browser, tmp_path: Path)
         assert page.evaluate(_LEAST_CONTRAST) >= 4.5
 
 
+_NO_CLIPBOARD = "delete Navigator.prototype.clipboard"  # as over plain HTTP elsewhere than on loopback
+
+
+@pytest.mark.parametrize("script", ["", _NO_CLIPBOARD], ids=["clipboard", "no-clipboard"])
+def test_copies_an_address_by_keyboard(script: str, origin: str, browser: Browser) -> None:
+    with context(browser, permissions=["clipboard-read", "clipboard-write"]) as profile:
+        page = profile.new_page()
+        page.add_init_script(script)
+        page.goto(f"{origin}/-/")
+        expect(page.get_by_text("All targets are ready.")).to_be_visible()
+        page.get_by_role("button", name="Copy the address of app").press("Enter")
+        expect(_card(page, "app").get_by_role("status")).to_have_text("Copied")
+        expect(_card(page, "tracking").get_by_role("status")).to_be_empty()
+        reading = profile.new_page()
+        reading.goto(f"{origin}/-/health")
+        assert reading.evaluate("navigator.clipboard.readText()") == f"{origin}/t/app"
+
+
+def test_without_scripts_there_is_no_button_that_does_nothing(origin: str, browser: Browser) -> None:
+    with context(browser, java_script_enabled=False) as profile:
+        page = profile.new_page()
+        page.goto(f"{origin}/-/")
+        expect(_card(page, "app").get_by_text(f"{origin}/t/app", exact=True)).to_be_visible()
+        expect(page.get_by_role("button")).to_have_count(0)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", SIZES)
+def test_a_notice(scheme: str, size: str, origin: str, browser: Browser, tmp_path: Path) -> None:
+    with context(browser, SIZES[size], color_scheme=scheme) as profile:
+        page = profile.new_page()
+        page.goto(f"{origin}/t/a-name-that-no-target-has-and-that-is-longer-than-a-line-of-this-page/")
+        page.screenshot(path=tmp_path / "notice.png", full_page=True)
+        expect(page.get_by_role("heading", name="Page not found")).to_be_visible()
+        assert page.evaluate("document.documentElement.scrollWidth") <= SIZES[size][0]
+        assert page.evaluate(_LEAST_CONTRAST) >= 4.5
+        page.keyboard.press("Tab")
+        page.keyboard.press("Enter")
+        page.wait_for_url(f"{origin}/-/")
+
+
 def _card(page: Page, name: str) -> Locator:
     return page.get_by_role("article").filter(has=page.get_by_role("heading", name=name, exact=True))
