@@ -22,11 +22,12 @@ def serve(settings: Settings, config: Path | None) -> None:
     logging.basicConfig(level=settings.log.level.upper(), format=gateway.LOG_FORMAT)
     files = raise_file_limit()
     server = settings.server
-    with _listen(server.host, server.port) as listening, runtime.prepared() as prepared:
+    with runtime.prepared() as prepared:
         try:
             in_force = InForce(settings, prepared, config.resolve() if config else None, files)
         except SettingsError as error:
             raise SystemExit(f"Error: {error}") from None
+        listening = _listen(server.host, server.port)
         warn_of_low_limit(settings, files, in_force.connections)
 
         def work(lifelines: Lifelines) -> int:

@@ -41,6 +41,8 @@ LEAST_RATE = 1024
 # kernel resets a connection that is closed with bytes unread, and then the answer may be lost.
 _LINGER_SECONDS = 2.0
 _LINGER_BYTES = 4 << 20
+# Seconds for the end of TLS on an unused connection.
+_FAREWELL = 0.3
 # Seconds that a caller gets for TLS's handshake, and for taking the rest of the last answer.
 HANDSHAKE_SECONDS = 10.0
 # Of a head that is too large, what is said first.
@@ -370,6 +372,7 @@ class Connection(asyncio.Protocol):
         self._ending = True
         if self.idle:
             self._close(unread=False)
+            self._deadlines.set(self, _FAREWELL, self.abort)  # TLS waits for the caller's farewell, which may not come
 
     def abort(self) -> None:
         """Close at once."""

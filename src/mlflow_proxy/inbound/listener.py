@@ -21,7 +21,7 @@ _PAUSE = 0.2
 _REMIND = 60.0
 _OUT_OF_SOMETHING = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 # Seconds for which a listener that leaves still serves what arrives on kept connections.
-_GRACE = 2.0
+_GRACE = 1.0
 # Connections that it takes from the kernel's queue before it leaves.
 _MOST_AT_THE_END = 1024
 
