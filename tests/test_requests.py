@@ -21,6 +21,7 @@ from mlflow_proxy.requests import (
     RequestReader,
     forwarded_client,
     refuse_foreign,
+    up,
 )
 from mlflow_proxy.settings import Server
 
@@ -627,3 +628,19 @@ def test_other_sites_may_link_here_but_not_to_what_changes_something(method: str
 
 def test_without_public_url_an_empty_origin_is_nobodys() -> None:
     assert read([(b"origin", b"")], method="POST").foreign
+
+
+@pytest.mark.parametrize(
+    ("path", "way"),
+    [
+        ("/", "./"),
+        ("/t", "./"),
+        ("/-/", "../"),
+        ("/t/app/", "../../"),
+        ("//-//", "../"),
+        ("//t//app", "../"),
+        ("", "./"),
+    ],
+)
+def test_the_way_up_to_the_root(path: str, way: str) -> None:
+    assert up(path) == way

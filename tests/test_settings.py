@@ -249,6 +249,7 @@ MISTAKES = [
     ("server.public_url", '[server]\npublic_url = "mlflow.example.com"', "write one like https://host"),
     ("server.public_url", '[server]\npublic_url = "https://h/path?a=b"', "with a plain path at the most"),
     ("server.public_url", '[server]\npublic_url = "https://h/a/../b"', "with a plain path at the most"),
+    ("server.public_url", '[server]\npublic_url = "https://h/t/app"', "begins with /t"),
     ("server.host", '[server]\nhost = "0.0.0.0"', 'access.anonymous = "i-understand"'),
     ("server.host", '[server]\nhost = "::"', 'access.anonymous = "i-understand"'),
     ("server.tls_key", '[server]\ntls_certificate = "cert.pem"', "TLS needs both"),

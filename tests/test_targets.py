@@ -7,7 +7,9 @@ from botocore.loaders import Loader
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mlflow_proxy.access.actions import routes
 from mlflow_proxy.targets import (
+    TAKEN,
     TARGET_NAME,
     Endpoint,
     Mode,
@@ -15,6 +17,7 @@ from mlflow_proxy.targets import (
     default_endpoint,
     parse_arn,
     parse_endpoint,
+    parse_public_url,
 )
 
 TRACKING = "arn:aws:sagemaker:eu-west-1:123456789012:mlflow-tracking-server/team-a"
@@ -207,3 +210,38 @@ def test_unusable_endpoint(url: str) -> None:
 )
 def test_target_name(name: str, good: bool) -> None:
     assert bool(TARGET_NAME.fullmatch(name)) == good
+
+
+@pytest.mark.parametrize(
+    ("text", "prefix", "url"),
+    [
+        ("https://h", "", "https://h"),
+        ("https://h/", "", "https://h"),
+        ("HTTPS://H:8443/mlflow", "/mlflow", "https://h:8443/mlflow"),
+        ("https://h/ml.flow_1~/a-b/", "/ml.flow_1~/a-b", "https://h/ml.flow_1~/a-b"),
+        ("https://h/mlflow/t", "/mlflow/t", "https://h/mlflow/t"),
+        ("http://[::1]:8080/x", "/x", "http://[::1]:8080/x"),
+    ],
+)
+def test_public_url(text: str, prefix: str, url: str) -> None:
+    parsed = parse_public_url(text)
+    assert (parsed.prefix, parsed.url) == (prefix, url)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/a?b", "/a#b", "//a", "/a//b", "/..", "/./a", "/a/..", "/a b", "/a%20b", "/ä", "/a\\b", "/a;b", '/a"', "/a\nb"],
+)
+def test_a_public_url_has_a_plain_path(path: str) -> None:
+    with pytest.raises(TargetError, match="plain path"):
+        parse_public_url(f"https://h{path}")
+
+
+@pytest.mark.parametrize("path", ["/t", "/-/", "/t/app", "/api", "/ajax-api/2.0", "/static-files", "/graphql"])
+def test_a_prefix_is_nothing_that_has_a_meaning(path: str) -> None:
+    with pytest.raises(TargetError, match="choose another"):
+        parse_public_url(f"https://h{path}")
+
+
+def test_what_has_a_meaning_is_known() -> None:
+    assert {path.split("/")[1] for _, path, _ in routes()} - {""} | {"t", "-"} == TAKEN

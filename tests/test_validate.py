@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -26,6 +25,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from tests.faults.certificates import Authority
+from tests.faults.nginx import nginx
 from tests.faults.proxies import Proxy, Table, free_port, running, target
 from tests.faults.test_outgoing_proxy import open_tunnel
 from tests.faults.upstreams import Arrived, Peer, Upstream, answer
@@ -608,46 +608,26 @@ def test_what_is_beside_https() -> None:
 
 
 @contextmanager
-def nginx(folder: Path, authority: Authority, onward: int) -> Iterator[int]:
+def asking_nginx(folder: Path, authority: Authority, onward: int) -> Iterator[int]:
     """An nginx that asks for a client certificate and hands on whose it was; its port."""
     certificate, key = authority.issue("localhost", valid=timedelta(days=90))
     port = free_port()
-    places = "".join(
-        f"{kind}_temp_path {folder}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-    )
-    (folder / "nginx.conf").write_text(
-        f"""pid {folder}/nginx.pid;
-        events {{}}
-        http {{
-            access_log off; {places}
-            server {{
-                listen 127.0.0.1:{port} ssl;
-                ssl_certificate {certificate};
-                ssl_certificate_key {key};
-                ssl_client_certificate {authority.bundle};
-                ssl_verify_client on;
-                location / {{
-                    proxy_pass http://127.0.0.1:{onward};
-                    proxy_set_header Host $http_host;
-                    proxy_set_header X-Forwarded-Proto https;
-                    proxy_set_header SSL-Client-Subject-DN $ssl_client_s_dn;
-                    proxy_set_header SSL-Client-Verify $ssl_client_verify;
-                }}
-            }}
-        }}"""
-    )
-    run = ["/usr/sbin/nginx", "-p", str(folder), "-c", f"{folder}/nginx.conf", "-e", f"{folder}/error.log"]
-    with subprocess.Popen([*run, "-g", "daemon off;"], stderr=subprocess.DEVNULL) as process:
-        try:
-            end = time.monotonic() + 30
-            while True:
-                with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=5):
-                    break
-                assert time.monotonic() < end, (folder / "error.log").read_text()
-                time.sleep(0.05)
-            yield port
-        finally:
-            process.terminate()
+    server = f"""server {{
+        listen 127.0.0.1:{port} ssl;
+        ssl_certificate {certificate};
+        ssl_certificate_key {key};
+        ssl_client_certificate {authority.bundle};
+        ssl_verify_client on;
+        location / {{
+            proxy_pass http://127.0.0.1:{onward};
+            proxy_set_header Host $http_host;
+            proxy_set_header X-Forwarded-Proto https;
+            proxy_set_header SSL-Client-Subject-DN $ssl_client_s_dn;
+            proxy_set_header SSL-Client-Verify $ssl_client_verify;
+        }}
+    }}"""
+    with nginx(folder, port, server):
+        yield port
 
 
 def test_client_certificates(sagemaker: LocalSageMaker, control: Control, tmp_path: Path) -> None:
@@ -664,7 +644,7 @@ def test_client_certificates(sagemaker: LocalSageMaker, control: Control, tmp_pa
             roles=[role],
             environ=sagemaker.environment(),
         ) as proxy,
-        nginx(tmp_path, authority, proxy.port) as port,
+        asking_nginx(tmp_path, authority, proxy.port) as port,
     ):
         arguments = (f"https://localhost:{port}", "--ca", str(authority.bundle), "--read-only")
         shown = ("--client-cert", str(certificate), "--client-key", str(key))
@@ -1119,8 +1099,10 @@ def test_nobody_is_asked_for_a_password(tmp_path: Path, locked: Path) -> None:
         (["--url", "https://"], {}, "not an address of a proxy"),
         (["--url", "https://x:port"], {}, "not a URL"),
         (["--url", "https://[::1"], {}, "not a URL"),
-        (["--url", "https://x/y"], {}, "has the path /y"),
-        (["--url", "https://x/t/"], {}, "has the path /t"),
+        (["--url", "https://x/-/"], {}, "has a path that begins with /-"),
+        (["--url", "https://x/t/"], {}, "has a path that begins with /t"),
+        (["--url", "https://x/a/../b"], {}, "with a plain path at the most"),
+        (["--url", "https://x/mlflow/t/a/b"], {}, "'a/b' is not the name of a target"),
         (["--url", "https://x/t/a/b"], {}, "'a/b' is not the name of a target"),
         (["--url", "https://x/t/a", "--target", "b"], {}, "give one"),
         (["--url", "https://x", "--target", "../-"], {}, "not the name of a target"),
@@ -1184,6 +1166,8 @@ def locked(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("https://x:8443/t/a/", "https://x:8443", "https://x:8443/t/a"),
         ("http://[::1]:8080", "http://[::1]:8080", "http://[::1]:8080"),
         ("https://X/t/a", "https://x", "https://x/t/a"),
+        ("https://x/mlflow/", "https://x", "https://x/mlflow"),
+        ("https://x/ml/flow/t/a/", "https://x", "https://x/ml/flow/t/a"),
         ("http://localhost", "http://localhost", "http://localhost"),
     ],
 )

@@ -79,6 +79,7 @@ class Gateway:
 
     async def __call__(self, call: Call) -> None:
         """Answer one request."""
+        call.path = self._reader.below_prefix(call.path)
         if call.path == _HEALTH_PATH and call.problem is None:
             call.respond(200, _HEALTH_HEADERS, _HEALTH)
         else:
@@ -122,7 +123,9 @@ class Gateway:
         if request.path.startswith(OWN_PREFIX):
             await self._own(request, call, record)
         elif request.path == _OWN_ROOT:
-            raise Refusal(308, "Use /-/.", error_code="REDIRECT", headers=[("location", "-/")])
+            raise Refusal(
+                308, f"Use {self._settings.server.prefix}/-/.", error_code="REDIRECT", headers=[("location", "-/")]
+            )
         else:
             await self._forwarder(request, call, record)
 
@@ -274,7 +277,7 @@ class Gateway:
         self._credentials = CredentialStore(targets, settings.aws, proxy=settings.upstream.proxy)
         await asyncio.gather(self._credentials.start(), self._identity.start(), self._limits.start())
         self._sender = Sender(targets, settings.upstream, self._credentials, self.deadlines, self._limits.paces)
-        routes = self._routes = Routes(targets)
+        routes = self._routes = Routes(targets, settings.server.prefix)
         self._forwarder = Forwarder(
             identity=self._identity,
             routes=routes,
@@ -330,7 +333,13 @@ class Gateway:
 
 def _sessions(settings: Settings, runtime: Runtime) -> Sessions:
     named = Patterns(pattern for role in settings.roles for pattern in role.groups)
-    return Sessions(settings.oidc, runtime.session_secret, relevant=named.match, revocations=runtime.revocations)
+    return Sessions(
+        settings.oidc,
+        runtime.session_secret,
+        relevant=named.match,
+        revocations=runtime.revocations,
+        prefix=settings.server.prefix,
+    )
 
 
 def _tracing(settings: Settings) -> Tracing | None:

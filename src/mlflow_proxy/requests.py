@@ -13,12 +13,10 @@ import secrets
 from collections.abc import Iterable
 from ipaddress import ip_address
 from typing import NamedTuple
-from urllib.parse import urlsplit
 
 from mlflow_proxy.errors import Refusal
 from mlflow_proxy.inbound.connection import Call
 from mlflow_proxy.settings import LOOPBACK_HOSTS, Network, Server
-from mlflow_proxy.targets import parse_public_url
 from mlflow_proxy.transform import canonical_path, canonical_query
 
 # Name by name, never by pattern: MLflow has switches among the x-mlflow-… headers, such as X-MLflow-Guardrail-Bypass.
@@ -123,6 +121,7 @@ _METHOD = re.compile(r"[A-Z]{1,32}")
 _REFUSED_METHODS = frozenset({"CONNECT", "TRACE", "TRACK"})
 _HOST = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::\d{1,5})?")
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{8,128}")
+_RUNS_OF_SLASHES = re.compile("/+")
 
 
 def refuse_foreign(request: Request, *, writes: bool) -> None:
@@ -199,8 +198,15 @@ class RequestReader:
         self._hosts = AllowedHosts(server)
         self._trusted = server.trusted_proxies
         self._hops = server.trusted_hops
-        self._own_address = _OPEN.format(server.public_url) if server.public_url else _NO_ADDRESS
-        self._public_origin = parse_public_url(server.public_url)[0].url.lower().encode() if server.public_url else b""
+        address = server.address
+        self._prefix = server.prefix.encode("ascii")
+        self._own_address = own_address(server)
+        self._public_origin = address.endpoint.url.lower().encode() if address else b""
+
+    def below_prefix(self, path: bytes) -> bytes:
+        """A path as received, without the prefix of `server.public_url`, where the server in front has left that in."""
+        prefix = self._prefix
+        return path[len(prefix) :] if prefix and path.startswith(prefix + b"/") else path
 
     def read(self, call: Call) -> Request:
         """Check and reduce one request. Raises Refusal for all that is not plainly a good one."""
@@ -216,6 +222,9 @@ class RequestReader:
         host = self._host(noted)
         foreign = (b"origin" in noted or b"sec-fetch-site" in noted) and self._is_foreign(noted)
         query = canonical_query(raw_query) if raw_query else ""
+        if self._prefix and raw_path == self._prefix:  # relative links need the slash
+            location = f"{self._prefix.rpartition(b'/')[2].decode()}/" + (f"?{query}" if query else "")
+            raise Refusal(308, "Use the address with a slash.", error_code="REDIRECT", headers=[("location", location)])
         content_type = _content_type(passed) if passed else ""
         client, scheme = self.client(call)
         dropped = self._drop_claims(call.peer, presented) if presented else 0
@@ -315,8 +324,8 @@ class AllowedHosts:
 
     def __init__(self, server: Server) -> None:
         names = {*server.allowed_hosts, *LOOPBACK_HOSTS, server.host}
-        if server.public_url:
-            names.add(urlsplit(server.public_url).hostname or "")
+        if server.address:
+            names.add(server.address.endpoint.host)
         lowered = {name.lower().strip("[]") for name in names}
         self._exact = {name for name in lowered if name and not name.startswith("*.")}
         self._suffixes = tuple(name[1:] for name in lowered if name.startswith("*."))
@@ -395,9 +404,18 @@ def is_trusted(text: str, trusted: list[Network]) -> bool:
     return any(address in network for network in trusted)
 
 
+def own_address(server: Server) -> str:
+    """What somebody is told who came by an address that the proxy does not know for its own."""
+    return _OPEN.format(server.address.url) if server.address else _NO_ADDRESS
+
+
 def up(path: str) -> str:
-    """The relative way from a page at `path` to the proxy's root, which need not be that of its host: `../../`."""
-    return "../" * (path.count("/") - 1) or "./"
+    """The relative way from a page at `path` to the proxy's root, which need not be that of its host: `../../`.
+
+    Runs of slashes count as one, as in canonical paths: nginx makes one of its own where a location without a slash at
+    its end goes with a `proxy_pass` that has one.
+    """
+    return "../" * (len(_RUNS_OF_SLASHES.findall(path)) - 1) or "./"
 
 
 def wants_page(call: Call) -> bool:

@@ -28,9 +28,10 @@ class Route(NamedTuple):
 
 
 class Routes:
-    """The targets of one configuration, by name."""
+    """The targets of one configuration, by name. `prefix` is what callers see before the paths of the proxy."""
 
-    def __init__(self, targets: Iterable[Target]) -> None:
+    def __init__(self, targets: Iterable[Target], prefix: str = "") -> None:
+        self._shown = f"{prefix}{PREFIX}"
         self._named = {target.name: target for target in targets}
         self._default = next((target for target in self._named.values() if target.default), None)
 
@@ -49,7 +50,7 @@ class Routes:
         if not slash:  # MLflow's UI refers to its files relatively, so it needs the slash
             # Relative, as all locations: a server in front may have taken a prefix off the path.
             location = f"{name}/" + (f"?{query}" if query else "")
-            raise Refusal(308, f"Use {PREFIX}{name}/.", error_code="REDIRECT", headers=[("location", location)])
+            raise Refusal(308, f"Use {self._shown}{name}/.", error_code="REDIRECT", headers=[("location", location)])
         return Route(target, PREFIX + name, f"/{rest}")
 
     def unknown(self, name: str, visible: Visible) -> Refusal:
@@ -69,5 +70,5 @@ class Routes:
 
     def _choices(self, visible: Visible) -> str:
         names = visible()
-        known = " or ".join(f"{PREFIX}{name}/" for name in self._named if name in names)
+        known = " or ".join(f"{self._shown}{name}/" for name in self._named if name in names)
         return f" Use {known}." if known else ""

@@ -17,7 +17,15 @@ from limits import parse_many
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from mlflow_proxy.targets import TARGET_NAME, Target, default_endpoint, parse_arn, parse_endpoint
+from mlflow_proxy.targets import (
+    TARGET_NAME,
+    PublicUrl,
+    Target,
+    default_endpoint,
+    parse_arn,
+    parse_endpoint,
+    parse_public_url,
+)
 
 ENV_PREFIX = "MLFLOW_PROXY_"
 CONFIG_VARIABLE = "MLFLOW_PROXY_CONFIG"
@@ -81,7 +89,9 @@ class Server(Section):
     tls_certificate: Path | None = Field(None, description="PEM file with the certificate chain; turns HTTPS on.")
     tls_key: Path | None = Field(None, description="PEM file with its private key (PKCS#8).")
     public_url: str | None = Field(
-        None, description="The URL callers use, when another server stands in front; its host is allowed."
+        None,
+        description="The URL callers use, when another server stands in front; its host is allowed. With a path, the "
+        "proxy is below that.",
     )
     allowed_hosts: list[str] = Field(
         default_factory=list,
@@ -165,6 +175,16 @@ class Server(Section):
             except ValueError:
                 raise ValueError(f"{item!r} is not a network; write one like 10.0.0.0/8 or 192.0.2.7") from None
         return value
+
+    @property
+    def address(self) -> PublicUrl | None:
+        """`public_url`, taken apart."""
+        return parse_public_url(self.public_url) if self.public_url else None
+
+    @property
+    def prefix(self) -> str:
+        """The path below which callers see the proxy: `/mlflow`, or nothing."""
+        return self.address.prefix if self.address else ""
 
 
 class Upstream(Section):

@@ -121,15 +121,51 @@ def default_endpoint(arn: Arn) -> Endpoint:
     return Endpoint("https", host, 443)
 
 
-def parse_public_url(url: str) -> tuple[Endpoint, str]:
-    """The address by which callers know the proxy, and the path below which it is there: `/mlflow`, or nothing.
+@dataclass(frozen=True, slots=True)
+class PublicUrl:
+    """The address by which callers know the proxy. `prefix` is the path below which it is: `/mlflow`, or nothing."""
 
-    Raises TargetError.
-    """
+    endpoint: Endpoint
+    prefix: str
+
+    @property
+    def url(self) -> str:
+        """What callers have in MLFLOW_TRACKING_URI, without a trailing slash."""
+        return self.endpoint.url + self.prefix
+
+
+# The first parts of paths that mean something here or at MLflow: as a prefix, none could be told from that.
+TAKEN = frozenset(
+    {
+        "-",
+        "ajax-api",
+        "api",
+        "build",
+        "favicon.ico",
+        "gateway",
+        "get-artifact",
+        "graphql",
+        "health",
+        "index.html",
+        "model-versions",
+        "static-files",
+        "t",
+        "v1",
+        "version",
+    }
+)
+
+
+def parse_public_url(url: str) -> PublicUrl:
+    """Take the address apart by which callers know the proxy. Raises TargetError."""
     match = re.fullmatch(r"([^:/?#]+://[^/?#]*)((?:/(?!\.{1,2}(?:/|$))[A-Za-z0-9._~-]+)*)/?", url)
     if match is None:
         raise TargetError("is not an http(s) URL, with a plain path at the most; write one like https://host/mlflow")
-    return parse_endpoint(match[1]), match[2]
+    endpoint, prefix = parse_endpoint(match[1]), match[2]
+    if prefix and prefix.split("/")[1] in TAKEN:
+        first = prefix.split("/")[1]
+        raise TargetError(f"has a path that begins with /{first}, which has a meaning of its own; choose another")
+    return PublicUrl(endpoint, prefix)
 
 
 def parse_endpoint(url: str) -> Endpoint:

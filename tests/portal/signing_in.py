@@ -228,7 +228,8 @@ def site(
     }
     scheme, port = "https" if tls else "http", free_port()
     uris = [f"{scheme}://{host}:{port}/-/signed-in" for host in ("127.0.0.1", "localhost")]
-    at.register(*uris, f"{PUBLIC_URL}/-/signed-in", method=method)
+    uris.append(f"{(server or {}).get('public_url', PUBLIC_URL)}/-/signed-in")
+    at.register(*uris, method=method)
     client_secret.write_text(f"{at.client_secret}\n")
     oidc |= {"client_id": at.client_id, "audience": json.dumps([at.client_id])}
     variables = {f"MLFLOW_PROXY_OIDC__{name.upper()}": value for name, value in oidc.items()}

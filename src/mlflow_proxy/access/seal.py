@@ -62,6 +62,14 @@ class Seal:
             return None
 
 
+def cookie_name(name: str, prefix: str) -> str:
+    """The name of a cookie of a proxy below a path such as `/mlflow`: two proxies on one host need two.
+
+    Their paths cannot tell them apart, since a name that begins with `__Host-` demands `Path=/`.
+    """
+    return name + prefix.replace("/", ".")
+
+
 def cookie_value(headers: list[bytes], name: bytes) -> bytes | None:
     """The value of a cookie in the Cookie headers of a request; None if it is not there, or more than once.
 

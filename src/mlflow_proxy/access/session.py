@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from mlflow_proxy.access.caller import Caller
 from mlflow_proxy.access.revocations import Revocations
-from mlflow_proxy.access.seal import LARGEST_COOKIE, Seal, cookie_value, cookie_values
+from mlflow_proxy.access.seal import LARGEST_COOKIE, Seal, cookie_name, cookie_value, cookie_values
 from mlflow_proxy.settings import Oidc
 
 # Path=/, Secure and no Domain are what the prefix __Host- demands (RFC 6265bis section 4.1.3.2).
@@ -56,6 +56,7 @@ class Sessions:
     `secret` has 32 bytes or more. `relevant` says which groups a session keeps, for the rest would only make every
     request larger: those that some role names. `revocations` is a file that all workers of the instance share. A
     session counts only under the settings that say who its caller is: the provider, the client, and the claims.
+    `prefix` is the path below which callers see the proxy.
     """
 
     COOKIE = "__Host-mlflow-proxy"
@@ -67,14 +68,16 @@ class Sessions:
         *,
         relevant: Callable[[str], bool] | None = None,
         revocations: Path | None = None,
+        prefix: str = "",
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._secret = secret
         self._context = json.dumps(
             [oidc.issuer, oidc.client_id, oidc.user_claim, oidc.groups_claim, sorted(oidc.required_claims.items())]
         )
-        self._seal = self.seal_for(self.COOKIE)
-        self._name = self.COOKIE.encode("ascii")
+        self._cookie_name = cookie_name(self.COOKIE, prefix)
+        self._seal = self.seal_for(self._cookie_name)
+        self._name = self._cookie_name.encode("ascii")
         self._idle = oidc.session_idle
         self._lifetime = oidc.session_lifetime
         self._relevant = relevant
@@ -127,7 +130,7 @@ class Sessions:
             session = self._open(value)
             if session is not None:
                 self._revoked.add(session.caller.credential, session.begun + self._lifetime + _TOLERANCE)
-        return f"{self.COOKIE}=; Max-Age=0{ATTRIBUTES}"
+        return f"{self._cookie_name}=; Max-Age=0{ATTRIBUTES}"
 
     def use_once(self, item: str, until: float) -> bool:
         """Whether an id, a text without spaces, is used here for the first time before `until` (since the epoch)."""
@@ -135,7 +138,7 @@ class Sessions:
 
     def _cookie(self, subject: str, groups: frozenset[str], session_id: str, *, begun: int, seen: int) -> str:
         content = json.dumps([session_id, subject, sorted(groups), begun, seen], separators=(",", ":"))
-        return f"{self.COOKIE}={self._seal.seal(content.encode())}{ATTRIBUTES}"
+        return f"{self._cookie_name}={self._seal.seal(content.encode())}{ATTRIBUTES}"
 
     def _open(self, value: bytes) -> _Session | None:
         content = self._seal.open(value)

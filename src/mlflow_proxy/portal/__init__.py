@@ -90,6 +90,7 @@ class Portal:
 
 def _flask(portal: Portal) -> Flask:
     app = Flask("mlflow_proxy.portal", static_folder=None)
+    prefix = portal.parts.settings.server.prefix
     app.json.compact = app.json.ensure_ascii = False  # type: ignore[attr-defined]
     app.register_blueprint(pages.blueprint(portal))
     app.register_blueprint(ui.blueprint(portal))
@@ -126,7 +127,9 @@ def _flask(portal: Portal) -> Flask:
     @app.errorhandler(HTTPException)
     def _http_error(error: HTTPException) -> Response:
         if error.code == 404:
-            return _refused(Refusal(404, f"The proxy has no page {request.path}. See /-/ for those it has."))
+            return _refused(
+                Refusal(404, f"The proxy has no page {prefix}{request.path}. See {prefix}/-/ for those it has.")
+            )
         allowed = [(name, value) for name, value in error.get_headers() if name.lower() == "allow"]
         return _refused(Refusal(error.code or 500, error.description or error.name, headers=allowed))
 

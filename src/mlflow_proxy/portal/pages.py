@@ -25,6 +25,7 @@ def blueprint(portal: Portal) -> Blueprint:
 
     parts = portal.parts
     all_targets = parts.settings.build_targets()
+    address = parts.settings.server.address
 
     @pages.get("/")
     def overview() -> str:
@@ -39,7 +40,7 @@ def blueprint(portal: Portal) -> Blueprint:
             copy_script=COPY_SCRIPT,
             targets=targets,
             default=next((name for name in targets if parts.routes.is_default(name)), None),
-            address=(parts.settings.server.public_url or request.host_url).rstrip("/"),
+            address=address.url if address else request.host_url.rstrip("/"),
             version=__version__,
             caller=None if caller == ANONYMOUS else caller.subject,
             roles=parts.policy.role_names(caller),

@@ -19,14 +19,13 @@ from urllib.parse import quote, urlsplit
 from flask import Blueprint, Response, g, make_response, redirect, render_template, request
 
 from mlflow_proxy.access.caller import Caller, Unauthenticated
-from mlflow_proxy.access.seal import LARGEST_COOKIE, cookie_value
+from mlflow_proxy.access.seal import LARGEST_COOKIE, cookie_name, cookie_value
 from mlflow_proxy.access.session import ATTRIBUTES, SessionTooLarge
 from mlflow_proxy.errors import Refusal
 from mlflow_proxy.portal.places import DEADLINE, Busy
 from mlflow_proxy.portal.provider import OPERATOR, SIGN_OUT, TRY_AGAIN, Provider, SignInFailed, invalid, unreachable
 from mlflow_proxy.requests import up
 from mlflow_proxy.settings import is_loopback
-from mlflow_proxy.targets import parse_public_url
 
 if TYPE_CHECKING:
     from werkzeug.wrappers import Response as BaseResponse
@@ -86,12 +85,11 @@ class _Flow:
         self._audit = parts.audit
         self._client_id = settings.oidc.client_id
         self._provider = Provider(settings.oidc, self._client_id, proxy=settings.upstream.proxy)
-        self._public_url, prefix = None, ""
-        if settings.server.public_url:
-            endpoint, prefix = parse_public_url(settings.server.public_url)
-            self._public_url = endpoint.url + prefix
+        address, prefix = settings.server.address, settings.server.prefix
+        self._public_url = address.url if address else None
         self._hint_attributes = ATTRIBUTES.replace("Path=/", f"Path={prefix}{SIGN_OUT}")
-        self._state_seal = parts.sessions.seal_for(STATE_COOKIE)
+        self._state_cookie = cookie_name(STATE_COOKIE, prefix)
+        self._state_seal = parts.sessions.seal_for(self._state_cookie)
         self._hint_seal = parts.sessions.seal_for(HINT_COOKIE)
 
     def sign_in(self) -> BaseResponse:
@@ -111,7 +109,7 @@ class _Flow:
         answer = redirect(url, 302)
         pending = _Pending(state, nonce, verifier, local_path(request.args.get("next")), time.time())
         sealed = self._state_seal.seal(json.dumps(pending).encode())
-        answer.headers.add("set-cookie", f"{STATE_COOKIE}={sealed}; Max-Age={_MOST_SECONDS}{ATTRIBUTES}")
+        answer.headers.add("set-cookie", f"{self._state_cookie}={sealed}; Max-Age={_MOST_SECONDS}{ATTRIBUTES}")
         return answer
 
     def signed_in(self) -> BaseResponse:
@@ -180,16 +178,19 @@ class _Flow:
         if failure.retry_after is not None:
             answer.headers["retry-after"] = str(failure.retry_after)
         if pending is not None:
-            _forget_pending(answer)
+            self._forget_pending(answer)
         return answer
 
+    def _forget_pending(self, answer: BaseResponse) -> None:
+        answer.headers.add("set-cookie", f"{self._state_cookie}=; Max-Age=0{ATTRIBUTES}")
+
     def _base(self) -> str:
-        """This proxy's own origin; the Host header was checked when the request was read."""
+        """This proxy's own address; the Host header was checked when the request was read."""
         return self._public_url or f"{request.scheme}://{request.host}"
 
     def _pending(self, state: str) -> _Pending | None:
         """The sign-in that an answer with this state ends, if this browser began it, and in time."""
-        value = cookie_value(_cookies(), STATE_COOKIE.encode("ascii"))
+        value = cookie_value(_cookies(), self._state_cookie.encode("ascii"))
         content = None if value is None else self._state_seal.open(value)
         if content is None:
             return None
@@ -246,7 +247,7 @@ class _Flow:
         hint_cookie = f"{HINT_COOKIE}={hint}{self._hint_attributes}"
         if len(hint_cookie) <= LARGEST_COOKIE:
             answer.headers.add("set-cookie", hint_cookie)
-        _forget_pending(answer)
+        self._forget_pending(answer)
         return answer
 
     def _end_session_url(self, cookies: list[bytes], session_id: str) -> str | None:
@@ -307,10 +308,6 @@ def _signed_out() -> Response:
 
 def _sign_in_again(path: str) -> tuple[str, str]:
     return f"sign-in?next={quote(path, safe='')}", "Sign in"
-
-
-def _forget_pending(answer: BaseResponse) -> None:
-    answer.headers.add("set-cookie", f"{STATE_COOKIE}=; Max-Age=0{ATTRIBUTES}")
 
 
 def _cookies() -> list[bytes]:

@@ -93,7 +93,7 @@ class Calls:
 
     def own(self, path: str, method: str = "GET", **more: Any) -> Reply:
         """A page of the proxy's own, below `/-/`. Raises Unanswered."""
-        return self.at(f"{self._deployment.origin}/-/{path}", method, **more)
+        return self.at(f"{self._deployment.base}/-/{path}", method, **more)
 
     def mlflow(self, route: str, data: Mapping[str, Any] | None = None, **query: str) -> Reply:
         """A call of MLflow's REST API: a POST of `data`, or a GET. Raises Unanswered."""

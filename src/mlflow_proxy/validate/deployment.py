@@ -12,9 +12,9 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from mlflow_proxy.access.fetch import system_cas
-from mlflow_proxy.routing import PREFIX
+from mlflow_proxy.routing import OWN_PREFIX, PREFIX
 from mlflow_proxy.settings import KEY_VARIABLE, is_loopback
-from mlflow_proxy.targets import TARGET_NAME
+from mlflow_proxy.targets import TARGET_NAME, TargetError, parse_public_url
 
 # As MLflow's own clients take it.
 TOKEN_VARIABLE = "MLFLOW_TRACKING_TOKEN"  # noqa: S105  (a name)
@@ -27,7 +27,8 @@ class Mistake(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """A proxy to validate. `host` has no brackets. `credential` is sent as a bearer token, to this address only.
+    """A proxy to validate. `host` has no brackets, `prefix` is the path below which it is. `credential` is sent as
+    a bearer token, to this address only.
 
     `ca` is a PEM file to trust instead of the system's CAs, `client_certificate` the files of a certificate and of its
     key; `timeout` is in seconds, for one call as a whole.
@@ -36,6 +37,7 @@ class Deployment:
     scheme: str
     host: str
     port: int
+    prefix: str = ""
     target: str | None = None
     credential: str | None = field(default=None, repr=False)
     ca: str | None = None
@@ -49,9 +51,14 @@ class Deployment:
         return f"{self.scheme}://{host}" + ("" if self.has_default_port else f":{self.port}")
 
     @property
+    def base(self) -> str:
+        """The proxy's address, to which its paths are added."""
+        return self.origin + self.prefix
+
+    @property
     def url(self) -> str:
         """What a caller has in MLFLOW_TRACKING_URI."""
-        return self.origin + (f"{PREFIX}{self.target}" if self.target else "")
+        return self.base + (f"{PREFIX}{self.target}" if self.target else "")
 
     @property
     def has_default_port(self) -> bool:
@@ -131,16 +138,19 @@ def _at(url: str, target: str | None) -> Deployment:
         raise Mistake(f"--url holds a password; give the key in {KEY_VARIABLE} or by --key-file instead")
     if parts.query or parts.fragment:
         raise Mistake("--url has a query or fragment; write only scheme, host, port, and /t/<target>")
-    path = parts.path.rstrip("/")
-    named = path.removeprefix(PREFIX) if path.startswith(PREFIX) else ""
-    if path and not named:
-        raise Mistake(f"--url has the path {path}; a proxy has no other than {PREFIX}<target>")
+    before, slash, named = parts.path.rstrip("/").partition(PREFIX)
+    try:
+        prefix = parse_public_url(f"{parts.scheme}://{parts.netloc}{before}").prefix
+    except TargetError as error:
+        raise Mistake(f"--url {error}; write one like https://mlflow.example.com{PREFIX}<target>") from None
+    if slash and not named:
+        raise Mistake(f"--url names no target; write one like https://mlflow.example.com{PREFIX}<target>")
     if target is not None and named and target != named:
         raise Mistake(f"--url says {PREFIX}{named}, --target says {target}; give one")
     wanted = target or named or None
     if wanted is not None and not TARGET_NAME.fullmatch(wanted):
-        raise Mistake(f"{wanted!r} is not the name of a target; the overview at {PREFIX[0]}-/ lists them")
-    return Deployment(parts.scheme, host, port or _DEFAULT_PORTS[parts.scheme], wanted)
+        raise Mistake(f"{wanted!r} is not the name of a target; the overview at {prefix}{OWN_PREFIX} lists them")
+    return Deployment(parts.scheme, host, port or _DEFAULT_PORTS[parts.scheme], prefix, wanted)
 
 
 def _credential(key: str | None, token: str | None, environ: Mapping[str, str]) -> str | None:

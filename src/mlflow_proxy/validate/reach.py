@@ -46,7 +46,7 @@ def wait_until_healthy(deployment: Deployment, seconds: float, tell: Callable[[s
         if not state or now - begin >= seconds:
             return
         if state != told or now - told_at >= _NEWS:
-            tell(f"waiting for {deployment.origin}: {state} ({now - begin:.0f} of {seconds:.0f} s)")
+            tell(f"waiting for {deployment.base}: {state} ({now - begin:.0f} of {seconds:.0f} s)")
             told, told_at = state, now
         time.sleep(min(_PAUSE, begin + seconds - now))
 
@@ -113,7 +113,8 @@ def plain_http(deployment: Deployment, *, port: int = 80) -> Outcome:
     """Port 80 beside 443 must redirect to HTTPS, or be closed."""
     if deployment.scheme == "http" or not (deployment.has_default_port or port != 80):
         return skipped("only looked at beside port 443")
-    url = f"http://{deployment.origin.removeprefix('https://').removesuffix(f':{deployment.port}')}:{port}/-/health"
+    url = f"http://{deployment.origin.removeprefix('https://').removesuffix(f':{deployment.port}')}:{port}"
+    url += f"{deployment.prefix}/-/health"
     try:
         reply = Calls(deployment, as_stranger=True).at(url)
     except Unanswered:
