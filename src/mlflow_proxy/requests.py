@@ -108,12 +108,12 @@ IDENTITY_HEADERS = frozenset(
     }
 )
 _MODE = b"sec-fetch-mode"
-_OPEN = "Open {} instead (server.public_url)."
 # nginx sends its own name for the upstream as Host, if it is not told otherwise, and then each page is a foreign one.
+_NAME_PASSED_ON = "lets the server in front pass the Host header on (nginx: proxy_set_header Host $http_host;)"
+_OPEN = f"Open {{}} instead (server.public_url). If you did, the operator corrects that option, or {_NAME_PASSED_ON}."
 _NO_ADDRESS = (
     "Open the proxy's own address instead. If you did, a server in front of it changes the Host header: the operator "
-    "sets server.public_url to the address that you opened, or passes the header on (nginx: proxy_set_header Host "
-    "$http_host)."
+    f"sets server.public_url to the address that browsers show, or {_NAME_PASSED_ON}."
 )
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 _COMMON_METHODS = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"})
@@ -326,6 +326,7 @@ class AllowedHosts:
         names = {*server.allowed_hosts, *LOOPBACK_HOSTS, server.host}
         if server.address:
             names.add(server.address.endpoint.host)
+        self._own_address = own_address(server)
         lowered = {name.lower().strip("[]") for name in names}
         self._exact = {name for name in lowered if name and not name.startswith("*.")}
         self._suffixes = tuple(name[1:] for name in lowered if name.startswith("*."))
@@ -343,7 +344,8 @@ class AllowedHosts:
         if name not in self._exact and not (self._suffixes and name.endswith(self._suffixes)):
             raise Refusal(
                 421,
-                f"This proxy does not answer for the host {name!r}. Its operator can add it to server.allowed_hosts.",
+                f"This proxy does not answer for the host {name!r}. {self._own_address} The operator can add further "
+                "names to server.allowed_hosts.",
                 detail="the host is not one of server.allowed_hosts",
             )
         if len(self._known) < 256:

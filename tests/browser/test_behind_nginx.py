@@ -1,4 +1,4 @@
-"""The UI and the proxy's own pages in Chromium, below a path of a real nginx."""
+"""The UI and the proxy's own pages in Chromium, below a path of a real nginx, and behind one with a Host of its own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import expect
+from playwright.sync_api import BrowserContext, expect
 from tests.browser.chromium import Watched
 from tests.browser.mlflow_ui import open_run, show_charts, way_in
 from tests.browser.seed import Seeded
@@ -29,9 +29,10 @@ Watch = Callable[..., Watched]
 
 @pytest.fixture(scope="module")
 def front(proxy: Proxy, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """An nginx's address: below /mlflow as documented, which the proxy does not know."""
+    """An nginx's address: below /mlflow as documented, at its root without a word on Host. The proxy knows neither."""
     port = free_port()
-    with nginx(tmp_path_factory.mktemp("front"), port, server(port, documented("/mlflow", proxy.port))):
+    locations = (documented("/mlflow", proxy.port), f"location / {{ proxy_pass http://127.0.0.1:{proxy.port}; }}")
+    with nginx(tmp_path_factory.mktemp("front"), port, server(port, *locations)):
         yield f"http://127.0.0.1:{port}"
 
 
@@ -48,6 +49,24 @@ def test_from_the_overview_to_a_chart(front: str, seeds: Callable[[str], Seeded]
     seeded = replace(seeds(place), base=f"{below}/t/{place}")
     open_run(watched, seeded.base, seeded, "quick-otter")
     show_charts(watched)
+
+
+def test_the_default_host(front: str, profile: BrowserContext) -> None:
+    """The UI is there, and says what to set where it would change something."""
+    page = profile.new_page()
+    page.goto(f"{front}/t/tracking/")
+    expect(way_in(page, "tracking")).to_be_visible()
+    ask = """async () => {
+      const headers = {'Content-Type': 'application/json'}, body = '{"max_results": 1}';
+      const answer = await fetch('ajax-api/2.0/mlflow/experiments/search', {method: 'POST', headers, body});
+      return [answer.status, (await answer.json()).message];
+    }"""
+    status, message = page.evaluate(ask)
+    assert status == 403
+    assert "sets server.public_url to the address that browsers show" in message
+    assert "proxy_set_header Host $http_host;" in message
+    page.goto(f"{front}/mlflow/t/tracking/")
+    assert page.evaluate(ask)[0] == 200
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The proxy below a path of a real nginx."""
+"""The proxy below a path of a real nginx, and behind one that sends a Host of its own."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import requests
 from tests.compat.client_runs import bare_environment
 from tests.faults.certificates import Authority
 from tests.faults.nginx import nginx
-from tests.faults.proxies import Proxy, free_port, running
+from tests.faults.proxies import Proxy, Table, free_port, running
 from tests.integration.conftest import targets_of
 from tests.portal.signing_in import Person, provider, site
 
@@ -243,6 +243,52 @@ def test_sign_in_and_out_below_a_path(tmp_path: Path) -> None:
         assert query["post_logout_redirect_uri"] == [f"{dev.site.url}/-/sign-out"]
         assert query["id_token_hint"]
         assert (dev.known(), prod.known()) == (False, True)
+
+
+# A Host of nginx's own
+
+
+BROWSER = {"Sec-Fetch-Site": "same-origin", "Sec-Fetch-Mode": "cors"}
+
+
+@contextmanager
+def default_host(folder: Path, targets: list[Table], environ: Table, **options: Any) -> Iterator[str]:
+    """A proxy behind nginx without a word on Host, below the place where nginx sends the upstream's name, too."""
+    port = free_port()
+    at = f"http://localhost:{port}"
+    if "public_url" in options:
+        options["public_url"] = at
+    with running(folder, targets, server=options, environ=environ) as proxy:
+        onward = f"127.0.0.1:{proxy.port}"
+        blocks = f"upstream backend {{ server {onward}; }}" + server(
+            port, f"location / {{ proxy_pass http://{onward}; }}", "location /named/ { proxy_pass http://backend/; }"
+        )
+        with nginx(folder / "nginx", port, blocks):
+            yield at
+
+
+def test_the_default_host_says_what_to_set(sagemaker: LocalSageMaker, tmp_path: Path) -> None:
+    with default_host(tmp_path / "proxy", targets_of(sagemaker), sagemaker.environment()) as at:
+        assert as_page(f"{at}/").status_code == 200
+        refused = requests.post(f"{at}/{SEARCH}", json={}, headers={**BROWSER, "Origin": at}, timeout=30)
+        misdirected = get(f"{at}/named/")
+    assert (refused.status_code, misdirected.status_code) == (403, 421)
+    for answer in (refused, misdirected):
+        assert "sets server.public_url to the address that browsers show" in answer.json()["message"]
+        assert "proxy_set_header Host $http_host;" in answer.json()["message"]
+
+
+def test_public_url_is_enough_for_the_default_host(sagemaker: LocalSageMaker, tmp_path: Path) -> None:
+    with default_host(tmp_path / "proxy", targets_of(sagemaker), sagemaker.environment(), public_url="") as at:
+        own = requests.post(f"{at}/{SEARCH}", json={"max_results": 1}, headers={**BROWSER, "Origin": at}, timeout=30)
+        assert own.status_code == 200, own.text
+        other = at.replace("localhost", "127.0.0.1")
+        refused = requests.post(f"{at}/{SEARCH}", json={}, headers={**BROWSER, "Origin": other}, timeout=30)
+        misdirected = get(f"{at}/named/")
+    assert (refused.status_code, misdirected.status_code) == (403, 421)
+    for answer in (refused, misdirected):
+        assert f"Open {at} instead (server.public_url)." in answer.json()["message"]
+        assert "proxy_set_header Host $http_host;" in answer.json()["message"]
 
 
 def test_the_prefix_is_not_of_the_origin() -> None:
