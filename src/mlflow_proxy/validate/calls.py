@@ -101,8 +101,8 @@ class Calls:
         return self.at(url, "GET", params=query) if data is None else self.at(url, "POST", json=dict(data))
 
     def ui(self) -> Reply:
-        """The first page of MLflow's UI. Raises Unanswered."""
-        return self.at(f"{self._deployment.url}/", headers={"Accept": "text/html"})
+        """The first page of MLflow's UI, asked for as a program, lest a refusal be a page, too. Raises Unanswered."""
+        return self.at(f"{self._deployment.url}/")
 
     def at(self, url: str, method: str = "GET", **more: Any) -> Reply:
         """Any URL. Raises Unanswered."""
