@@ -130,6 +130,7 @@ class Forwarder:
         if answer.connection is None:
             record.add_bytes_out(len(answer.body))
             call.respond(answer.status, headers, answer.body)
+            await call.taken()  # as long as it is held here, it has a place
             return
         await relay(
             answer.connection,

@@ -16,11 +16,12 @@ from typing import Protocol, cast
 
 import httptools
 
+from mlflow_proxy import kernel_buffers
 from mlflow_proxy.deadlines import Deadlines
 
-# A reader that falls this far behind stops the socket from being read, so that a worker's memory stays flat.
-HIGH_WATER = 512 * 1024
-LOW_WATER = 256 * 1024
+# A reader that falls this far behind stops the socket from being read, so that a worker's memory stays flat. What is
+# read once more before is a quarter of a MiB at the most.
+HIGH_WATER = 8 * 1024
 # Bodies up to this size travel with the head in one write; larger ones in slices, each with a deadline.
 SLICE = 256 * 1024
 # An answer whose headers are larger than this is broken, or an attack on this worker's memory.
@@ -231,6 +232,7 @@ class Connection(asyncio.Protocol):
         """Called by the event loop."""
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(high=SLICE)
+        kernel_buffers.keep_small(transport)
 
     def pause_writing(self) -> None:
         """Called by the event loop: the socket takes no more for now."""
@@ -289,7 +291,7 @@ class Connection(asyncio.Protocol):
         self._pause_if_full()
 
     def _resume_if_low(self) -> None:
-        if self._reading_paused and self._buffered < LOW_WATER and self._transport is not None:
+        if self._reading_paused and self._buffered <= HIGH_WATER and self._transport is not None:
             self._reading_paused = False
             if not self._transport.is_closing():
                 self._transport.resume_reading()

@@ -43,6 +43,7 @@ async def _serve(
         unused=server.header_timeout,
         head=server.header_timeout,
         window=server.body_timeout,
+        most_headers=server.header_count_limit,
     )
     listener = Listener(
         listening,

@@ -11,7 +11,8 @@ import pytest
 import uvloop
 
 from mlflow_proxy.deadlines import Deadlines
-from mlflow_proxy.inbound.connection import Call, CallerGone, Connection, SlowReader, Terms
+from mlflow_proxy.errors import Refusal
+from mlflow_proxy.inbound.connection import Call, CallerGone, Connection, SlowReader, Terms, Unasked
 from mlflow_proxy.inbound.listener import Listener
 
 Scenario = Callable[["Server"], Awaitable[None]]
@@ -214,6 +215,133 @@ def test_a_steady_reader_is_served_to_the_end() -> None:
         assert not server.errors
 
     run(scenario, Terms(head_limit=4096, unused=30, head=30, window=0.2))
+
+
+def test_answers_that_a_caller_does_not_take_keep_its_next_requests_waiting() -> None:
+    """Else a caller that sends many requests and reads nothing would have all their answers kept for it."""
+    body, count = b"a" * (1 << 20), 48
+
+    async def large(call: Call) -> None:
+        call.respond(200, [], body)
+
+    async def scenario(server: Server) -> None:
+        server.answer = large
+        reader, writer = await server.connect()
+        writer.write(GET % b"/x" * count)
+        for taken in range(count):
+            await reader.readuntil(b"\r\n\r\n")
+            assert await reader.readexactly(len(body)) == body
+            assert len(server.calls) - taken < count // 2  # what the kernel holds, and little of ours
+        assert len(server.calls) == count
+        writer.close()
+
+    run(scenario)
+
+
+def test_an_answer_is_taken_when_the_caller_has_nearly_all_of_it() -> None:
+    taken: list[bool] = []
+
+    async def large(call: Call) -> None:
+        call.respond(200, [], b"a" * (32 << 20))
+        taken.append(False)
+        await call.taken()
+        taken.append(True)
+
+    async def scenario(server: Server) -> None:
+        server.answer = large
+        reader, writer = await server.connect()
+        writer.write(GET % b"/x")
+        await reader.readuntil(b"\r\n\r\n")
+        assert taken == [False]
+        await reader.readexactly(32 << 20)
+        await until(lambda: taken == [False, True])
+        writer.close()
+
+    run(scenario)
+
+
+HALF = b"POST /x HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 3000
+
+
+def test_unfinished_heads_of_all_connections_together_have_a_bound() -> None:
+    terms = Terms(head_limit=4096, unused=30, head=30, window=30, unasked=Unasked(5000))
+
+    async def scenario(server: Server) -> None:
+        first, writer = await server.connect()
+        writer.write(HALF)
+        await until(lambda: terms.unasked.held == len(HALF))
+        assert b" 503 " in await server.say(HALF)
+        assert b" 200 " in await server.say(GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n") % b"/x")
+        writer.write(b"\r\nContent-Length: 0\r\n\r\n")
+        assert (await first.readline()).split()[1] == b"200"
+        writer.close()
+        assert terms.unasked.held == 0
+
+    run(scenario, terms)
+
+
+@pytest.mark.parametrize("framing", [b"Content-Length: 4000\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\nfa0\r\n"])
+def test_bodies_that_nobody_has_asked_for_have_a_bound_together(framing: bytes) -> None:
+    terms = Terms(head_limit=4096, unused=30, head=30, window=30, unasked=Unasked(5000))
+    asked = asyncio.Event()
+    post = b"POST /x HTTP/1.1\r\nHost: localhost\r\n" + framing + b"a" * 3900
+
+    async def patient(call: Call) -> None:
+        await asked.wait()
+        try:
+            while await call.receive():
+                pass
+            call.respond(200, [], b"")
+        except Refusal as refusal:
+            call.respond(refusal.status, [], b"")
+
+    async def scenario(server: Server) -> None:
+        server.answer = patient
+        first, writer = await server.connect()
+        writer.write(post)
+        await until(lambda: terms.unasked.held == 3900)
+        second, other = await server.connect()
+        other.write(post)
+        await until(lambda: len(server.calls) == 2 and server.calls[1].problem is not None)
+        assert terms.unasked.held == 3900
+        asked.set()
+        assert (await second.readline()).split()[1] == b"503"
+        writer.write(b"a" * 100 + (b"\r\n0\r\n\r\n" if b"chunked" in framing else b""))
+        assert (await first.readline()).split()[1] == b"200"
+        assert terms.unasked.held == 0
+        other.close()
+        writer.close()
+
+    run(scenario, terms)
+
+
+@pytest.mark.parametrize("ending", [b"", b"\r\n"], ids=["half a head", "whole"])
+def test_what_a_caller_that_goes_away_has_sent_is_forgotten(ending: bytes) -> None:
+    terms = Terms(head_limit=4096, unused=30, head=30, window=30)
+
+    async def deaf(_: Call) -> None:
+        await asyncio.Event().wait()
+
+    async def scenario(server: Server) -> None:
+        server.answer = deaf
+        _, writer = await server.connect()
+        writer.write(b"POST /x HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n" + ending + b"abc" * bool(ending))
+        await until(lambda: terms.unasked.held > 0)
+        writer.close()
+        await until(lambda: terms.unasked.held == 0)
+
+    run(scenario, terms)
+
+
+def test_of_too_many_headers_no_more_are_kept_than_tell_so() -> None:
+    """Each takes about 150 bytes here, and 5 on the wire."""
+    terms = Terms(head_limit=65536, unused=30, head=30, window=30, most_headers=10)
+
+    async def scenario(server: Server) -> None:
+        await server.say(b"GET /x HTTP/1.0\r\nHost: localhost\r\n" + b"a:b\r\n" * 5000 + b"\r\n")
+        assert len(server.calls[0].headers) == 11
+
+    run(scenario, terms)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import struct
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from email.utils import formatdate
 from functools import lru_cache
 from http import HTTPStatus
@@ -25,14 +25,18 @@ from typing import Any, cast
 
 import httptools
 
+from mlflow_proxy import kernel_buffers
 from mlflow_proxy.deadlines import Deadlines
 from mlflow_proxy.errors import Refusal
 
 Headers = list[tuple[bytes, bytes]]
 
-# Of a body that nobody has asked for yet, and of an answer that the caller has not taken yet, so much is kept.
-HIGH_WATER = 256 * 1024
-LOW_WATER = 64 * 1024
+# Of a body that nobody has asked for yet, and of an answer that the caller has not taken yet, so much is kept, and what
+# came or was sent last, which is a quarter of a MiB at the most.
+HIGH_WATER = 16 * 1024
+LOW_WATER = 4 * 1024
+# What all connections of a worker together keep at the most of unfinished heads, and of bodies nobody has asked for.
+_MOST_UNASKED = 64 << 20
 # Requests that may wait behind the one under way (pipelining).
 _MOST_WAITING = 64
 # A caller that takes its answer more slowly than this, for a whole window, is cut off.
@@ -118,6 +122,11 @@ class Call:
         self._left: int | None = None
 
     @property
+    def is_read(self) -> bool:
+        """Somebody waits for the body's next piece, and takes it at once."""
+        return self._waiter is not None
+
+    @property
     def peer(self) -> str:
         """The address that the connection comes from."""
         return self._connection.peer
@@ -140,9 +149,12 @@ class Call:
                 self.awaits_continue = False
                 self._connection.write(_CONTINUE)
             self._waiter = self._connection.loop.create_future()
-            await self._waiter
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
         data = self._chunks.popleft()
-        self._buffered -= len(data)
+        self._count(-len(data))
         self._connection.resume_reading()
         return data
 
@@ -179,13 +191,19 @@ class Call:
             self.cut()  # a clean end would make the caller take it for whole
             return
         self.ended = True
+        self.forget()
         if self._chunked:
             self._connection.write(b"0\r\n\r\n")
         self._connection.answered(self)
 
+    async def taken(self) -> None:
+        """Wait until the caller has taken all but a little of what was sent, or is gone. Raises SlowReader."""
+        await self._connection.caught_up()
+
     def cut(self) -> None:
         """The answer cannot be finished: the caller must see that."""
         self.ended = True
+        self.forget()
         if self.begun and self._left is None and not self._chunked:
             self._connection.reset()
         else:
@@ -227,9 +245,19 @@ class Call:
     def add(self, data: bytes) -> int:
         """Keep a piece of the body; gives how much is kept."""
         self._chunks.append(data)
-        self._buffered += len(data)
+        self._count(len(data))
         self.wake()
         return self._buffered
+
+    def forget(self) -> None:
+        """Nobody will ask for the rest of the body."""
+        if self._chunks:
+            self._chunks.clear()
+            self._count(-self._buffered)
+
+    def _count(self, size: int) -> None:
+        self._buffered += size
+        self._connection.unasked.held += size
 
     def wake(self) -> None:
         """Let the one who waits for the body look again."""
@@ -239,15 +267,31 @@ class Call:
     def lose(self) -> None:
         """The caller is gone."""
         self.gone = True
+        self.forget()
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
         elif self.task is not None and not self.ended:
             self.task.cancel()
 
 
+class Unasked:
+    """The bytes that a worker's connections hold though nobody has asked for them yet: unfinished heads, and bodies."""
+
+    __slots__ = ("_most", "held")
+
+    def __init__(self, most: int = _MOST_UNASKED) -> None:
+        self._most = most
+        self.held = 0
+
+    @property
+    def too_many(self) -> bool:
+        """There is no room for more."""
+        return self.held > self._most
+
+
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What connections are held to. Sizes in bytes, times in seconds.
+    """What the connections of a worker are held to. Sizes in bytes, times in seconds.
 
     `unused`: to the first byte, and between an answer and the next request's head. `head`: from the first byte of a
     head to its end. `window`: over which a reader has to take `LEAST_RATE`.
@@ -257,6 +301,8 @@ class Terms:
     unused: float
     head: float
     window: float
+    most_headers: int = 1000
+    unasked: Unasked = field(default_factory=Unasked)
 
 
 Serve = Callable[[Call], Coroutine[Any, Any, None]]
@@ -271,6 +317,7 @@ class Connection(asyncio.Protocol):
         "_drained",
         "_ending",
         "_head_bytes",
+        "_head_counted",
         "_head_done",
         "_held",
         "_lingering",
@@ -288,6 +335,7 @@ class Connection(asyncio.Protocol):
         "loop",
         "peer",
         "scheme",
+        "unasked",
     )
 
     def __init__(
@@ -304,6 +352,7 @@ class Connection(asyncio.Protocol):
         self.leaving = self._ending = False
         self._deadlines = deadlines
         self._terms = terms
+        self.unasked = terms.unasked
         self._serve = serve
         self._lost = lost
         self._transport: asyncio.Transport | None = None
@@ -312,7 +361,7 @@ class Connection(asyncio.Protocol):
         self._waiting: deque[Call] = deque()  # behind it
         self._held: Call | None = None  # whose bytes arrive
         self._url = b""
-        self._head_bytes = 0
+        self._head_bytes = self._head_counted = 0
         self._head_done = self._upgrades = self._resuming = False
         self._drained: asyncio.Future[None] | None = None
         self._reading_paused = False
@@ -332,10 +381,14 @@ class Connection(asyncio.Protocol):
 
     async def drain(self) -> None:
         """Wait while the caller is too far behind. Raises CallerGone and SlowReader."""
-        if self._drained is not None:
-            await self._drained
+        await self.caught_up()
         if self._transport is None:
             raise CallerGone
+
+    async def caught_up(self) -> None:
+        """Wait while the caller is too far behind, and there. Raises SlowReader."""
+        if self._drained is not None:
+            await self._drained
 
     def resume_reading(self) -> None:
         """A piece of a body was taken: there is room for more."""
@@ -399,7 +452,7 @@ class Connection(asyncio.Protocol):
             transport.close()
             return
         self._lingering = 0
-        self._waiting.clear()
+        self._forget_waiting()
         if transport.can_write_eof():
             transport.write_eof()
         if self._reading_paused:
@@ -434,6 +487,7 @@ class Connection(asyncio.Protocol):
         """Called by the event loop."""
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(high=HIGH_WATER, low=LOW_WATER)
+        kernel_buffers.keep_small(transport)
         peer = transport.get_extra_info("peername")
         self.peer = peer[0] if peer else ""
         if transport.get_extra_info("sslcontext") is not None:
@@ -449,8 +503,9 @@ class Connection(asyncio.Protocol):
         self._deadlines.clear((self, "reader"))
         if self._drained is not None and not self._drained.done():
             self._drained.set_result(None)
+        self._count_head(0)
         call, self._call = self._call, None
-        self._waiting.clear()
+        self._forget_waiting()
         if call is not None:
             call.lose()
         self._lost(self)
@@ -487,10 +542,22 @@ class Connection(asyncio.Protocol):
             self._refuse(_broken(error, in_body=self._held is not None and self._head_done))
         else:
             if self._held is not None and not self._head_done:
+                self._count_head(self._head_bytes)
                 if self._head_bytes > self._terms.head_limit:
                     self._refuse(_too_large(self._url, self._terms.head_limit))
+                elif self.unasked.too_many:
+                    self._refuse(_no_room())
                 elif begins and self._call is None:
                     self._deadlines.set(self, self._terms.head, self._end_head)
+
+    def _forget_waiting(self) -> None:
+        for call in self._waiting:
+            call.forget()
+        self._waiting.clear()
+
+    def _count_head(self, size: int) -> None:
+        self.unasked.held += size - self._head_counted
+        self._head_counted = size
 
     def _throw_away(self, data: bytes) -> None:
         if self._lingering is not None:
@@ -522,6 +589,7 @@ class Connection(asyncio.Protocol):
         """Nothing more of this connection can be understood: answer what is due, then `refusal`, then close."""
         self._parser = None
         self._deadlines.clear(self)
+        self._count_head(0)
         call, self._held = self._held, None
         if call is not None and self._head_done:  # its body is broken
             call.problem = call.problem or refusal
@@ -551,7 +619,7 @@ class Connection(asyncio.Protocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """One header line; trailers, which come after the head, are dropped."""
-        if not self._head_done and self._held is not None:
+        if not self._head_done and self._held is not None and len(self._held.headers) <= self._terms.most_headers:
             self._held.headers.append((name.lower(), value.rstrip(b" \t")))  # RFC 9110 section 5.5
 
     def on_headers_complete(self) -> None:
@@ -563,6 +631,8 @@ class Connection(asyncio.Protocol):
             return
         self._head_done = True
         self._head_bytes = 0
+        if self._head_counted:
+            self._count_head(0)
         self._upgrades = parser.should_upgrade()
         call.method = parser.get_method().decode("ascii")
         call.keep = parser.should_keep_alive() or self._upgrades
@@ -585,7 +655,11 @@ class Connection(asyncio.Protocol):
 
     async def _run(self, call: Call) -> None:
         try:
+            if self._drained is not None:  # answers before this one are not taken yet
+                await self.caught_up()
             await self._serve(call)
+        except SlowReader:
+            pass  # the connection is gone
         finally:
             if not call.ended:  # it failed, or what it sent is not whole
                 call.cut()
@@ -593,9 +667,15 @@ class Connection(asyncio.Protocol):
     def on_body(self, data: bytes) -> None:
         """A piece of the body, with chunked framing removed."""
         call = self._held
-        if call is None or call.ended:
+        if call is None or call.ended or call.problem is not None:
             return
-        if call.add(data) > HIGH_WATER and not self._reading_paused and self._transport is not None:
+        kept = call.add(data)
+        no_room = self.unasked.too_many and not call.is_read
+        if no_room:
+            call.problem = _no_room()
+            call.keep = False
+            call.forget()
+        if (no_room or kept > HIGH_WATER) and not self._reading_paused and self._transport is not None:
             self._reading_paused = True
             self._transport.pause_reading()
 
@@ -657,6 +737,10 @@ def _without_authority(url: bytes) -> bytes:
         if byte == 0x3F:
             return b"/" + rest[position:]
     return b"/"
+
+
+def _no_room() -> Refusal:
+    return Refusal(503, "Too many requests arrive at once. Try again in a second.", retry_after=1, close=True)
 
 
 def _unknown_method() -> Refusal:
