@@ -248,11 +248,11 @@ def test_interim_answers_are_dropped(steady: Stage) -> None:
 @pytest.mark.parametrize(
     ("path", "location", "rewritten"),
     [
-        ("/x", "/y?z=1#f", "/y?z=1#f"),
-        ("/x", "{upstream}/y", "/y"),
-        ("/x", "{upstream}", "/"),
-        ("/t/app/x", "/y?z=1", "/t/app/y?z=1"),
-        ("/t/app/x", "{upstream}/y", "/t/app/y"),
+        ("/x", "/y?z=1#f", "./y?z=1#f"),
+        ("/x", "{upstream}/y", "./y"),
+        ("/x", "{upstream}", "./"),
+        ("/t/app/x", "/y?z=1", "../../t/app/y?z=1"),
+        ("/t/app/x", "{upstream}/y", "../../t/app/y"),
         ("/t/app/x", "relative/y", "relative/y"),
         ("/t/app/x", "https://elsewhere.example/y", "https://elsewhere.example/y"),
         ("/t/app/x", "//elsewhere.example/y", "//elsewhere.example/y"),
