@@ -31,7 +31,7 @@ def test_it_is_internal_unless_asked_otherwise() -> None:
     type_ = "AWS::ElasticLoadBalancingV2::LoadBalancer"
     internal = synthesize().one("flaskapp", type_)
     assert internal["Scheme"] == "internal"
-    assert "private" in json.dumps(internal["Subnets"])
+    assert "loadbalancer" in json.dumps(internal["Subnets"])
     facing = synthesize(internet_facing="true", allowed_cidrs="192.0.2.0/24").one("flaskapp", type_)
     assert facing["Scheme"] == "internet-facing"
     assert "public" in json.dumps(facing["Subnets"])
